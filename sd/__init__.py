@@ -1,0 +1,1 @@
+"""Stable Diffusion 1.5, written by hand and made fast. Start at `sd.pipeline.StableDiffusion`."""
