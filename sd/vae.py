@@ -4,6 +4,8 @@ Module names are those of the checkpoint under `first_stage_model`. Every GroupN
 Axes: B batch, C channels, H W grid, L = H*W positions.
 """
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -86,7 +88,7 @@ class DownLevel(nn.Module):
     def __init__(self, channels: int, out_channels: int, cfg: VAEConfig, last: bool):
         super().__init__()
         widths = [channels] + [out_channels] * cfg.num_res_blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, cfg.norm_groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResnetBlock(a, b, cfg.norm_groups) for a, b in itertools.pairwise(widths))
         self.downsample = nn.Identity() if last else Downsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ class UpLevel(nn.Module):
     def __init__(self, channels: int, out_channels: int, cfg: VAEConfig, last: bool):
         super().__init__()
         widths = [channels] + [out_channels] * (cfg.num_res_blocks + 1)
-        self.block = nn.ModuleList(ResnetBlock(a, b, cfg.norm_groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResnetBlock(a, b, cfg.norm_groups) for a, b in itertools.pairwise(widths))
         self.upsample = nn.Identity() if last else Upsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,263 @@
+"""From a prompt to a picture: prompt -> tokens -> context -> sampler over the UNet -> latents -> VAE -> picture."""
+
+import logging
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sd import model_loader
+from sd.clip import CLIP
+from sd.config import Config
+from sd.ddpm import add_noise, spaced_timesteps
+from sd.images import from_pil, to_pil
+from sd.samplers import SAMPLERS, Guided, PictureNoise
+from sd.tokenizer import Tokenizer
+from sd.unet import UNet
+from sd.vae import VAE
+
+log = logging.getLogger(__name__)
+
+OnStep = Callable[[int, int, Tensor], None]
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+DEMO_CHECKPOINT = DATA / "demo" / "sd-demo.safetensors.index.json"
+GET_WEIGHTS = (
+    "no weights: put v1-5-pruned-emaonly.safetensors from huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5 "
+    "into data/, or name a Stable Diffusion 1.x checkpoint with --ckpt or SD_CKPT"
+)
+
+
+def find_checkpoint() -> Path:
+    """The weights to use when none are named: $SD_CKPT, SD 1.5 in data/, else the demo model in data/demo/.
+
+    Raises FileNotFoundError, saying how to get weights, if there are none of these.
+    """
+    if named := os.environ.get("SD_CKPT"):
+        return Path(named)
+    names = ("v1-5-pruned-emaonly.safetensors", "v1-5-pruned-emaonly.ckpt")
+    for path in (*(DATA / name for name in names), DEMO_CHECKPOINT):
+        if path.exists():
+            return path
+    raise FileNotFoundError(GET_WEIGHTS)
+
+
+def default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+class StableDiffusion:
+    """Text encoder, UNet and VAE with everything between a prompt and a picture.
+
+    `pipe.clip(tokens)`, `pipe.unet(x, t, context)`, `pipe.vae.encode(images)` and `pipe.vae.decode(latents)` are the
+    modules themselves. `pipe.times` holds the seconds of each stage of the latest `generate`.
+    """
+
+    def __init__(self, config: Config, clip: CLIP, unet: UNet, vae: VAE, tokenizer: Tokenizer | None = None):
+        self.config = config
+        self.clip = clip
+        self.unet = unet
+        self.vae = vae
+        self.tokenizer = tokenizer or Tokenizer()
+        weight = next(unet.parameters())
+        self.device = weight.device
+        self.dtype = weight.dtype
+        self.times: dict[str, float] = {}
+
+    @classmethod
+    def load(
+        cls,
+        ckpt: str | os.PathLike | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        ema: bool = False,
+    ) -> "StableDiffusion":
+        """Load a checkpoint in the original layout, .safetensors or .ckpt; `find_checkpoint` picks one if none is named.
+
+        dtype defaults to fp16 on CUDA and fp32 elsewhere. Raises FileNotFoundError or model_loader.CheckpointError.
+        """
+        device = torch.device(device) if device is not None else default_device()
+        dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+        config, clip, unet, vae = model_loader.load(ckpt or find_checkpoint(), ema=ema, device=device, dtype=dtype)
+        return cls(config, clip, unet, vae)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the weights in the original layout as .safetensors, with the configuration in the metadata."""
+        model_loader.save(path, self.config, self.clip, self.unet, self.vae)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] = "",
+        steps: int = 50,
+        cfg_scale: float = 7.5,
+        seed: int | Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        sampler: str = "ddpm",
+        init_image: Image.Image | None = None,
+        strength: float = 0.8,
+        latents: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Image.Image]:
+        """Draw one picture for each prompt and seed; a single prompt or seed serves all the others.
+
+        seed: None draws one; an integer for several prompts means seed, seed + 1, ...
+        height, width: pixels, multiples of `config.size_multiple`; None is the size that the model was trained at, or
+            init_image's shape at about that area.
+        init_image: start from this picture, noised by `strength` (over 0, up to 1: none of it is left).
+        latents: start from this noise of variance 1, [B, z, height / 8, width / 8], in place of the seed's. It is
+            not changed.
+        on_step(step, steps, latents) is called after each step.
+
+        Each picture's `info` holds the parameters that make it again. Raises ValueError for values out of range.
+        """
+        prompts, negatives, seeds = _broadcast(prompt, negative_prompt, seed)
+        height, width = self._size(height, width, init_image)
+        _check(steps, cfg_scale, sampler, strength)
+        shape = (self.config.vae.z_channels, height // self._downsampling, width // self._downsampling)
+        noise = PictureNoise(seeds, shape, self.device, torch.promote_types(self.dtype, torch.float32))
+        timesteps = spaced_timesteps(steps)
+        with self._timed("text"):
+            context = self.encode_prompts(prompts, negatives if cfg_scale != 1 else None)
+        if init_image is None:
+            x = _given(latents, (len(prompts), *shape), noise) if latents is not None else noise()
+        else:
+            timesteps = timesteps[steps - max(1, int(steps * strength)) :]
+            with self._timed("encode"):
+                x = self._noised_image(init_image, height, width, noise, timesteps[0])
+        with self._timed("denoise"):
+            x = self.sample(x, context, cfg_scale, sampler, timesteps, noise, on_step)
+        with self._timed("decode"):
+            images = to_pil(self.decode(x))
+        shared = {"steps": steps, "cfg_scale": cfg_scale, "sampler": sampler, "height": height, "width": width}
+        if init_image is not None:
+            shared["strength"] = strength
+        for image, *own in zip(images, prompts, negatives, seeds, strict=True):
+            image.info.update(zip(("prompt", "negative_prompt", "seed"), own, strict=True), **shared)
+        return images
+
+    def encode_prompts(self, prompts: Sequence[str], negatives: Sequence[str] | None) -> Tensor:
+        """-> context [2B, S, C], the negative prompts' half first, or [B, S, C] if negatives is None."""
+        texts = [*(negatives or []), *prompts]
+        tokens = self.tokenizer(texts, self.config.text.max_length).to(self.device)
+        return self.clip(tokens)
+
+    def sample(
+        self,
+        x: Tensor,
+        context: Tensor,
+        cfg_scale: float,
+        sampler: str,
+        timesteps: Sequence[int],
+        noise: PictureNoise,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Denoise x [B, z, h, w] from timesteps[0] on -> clean latents of the same shape, still scaled."""
+        denoise = Guided(self.unet, context, cfg_scale)
+        for i, x in enumerate(SAMPLERS[sampler](denoise, x, timesteps, noise), start=1):  # noqa: B020
+            if on_step:
+                on_step(i, len(timesteps), x)
+        return x
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Scaled latents [B, z, h, w] -> pictures [B, 3, H, W], about [-1, 1].
+
+        SD 1.5's VAE can overflow in fp16, which draws a black picture: then it is run again in fp32.
+        """
+        latents = x / self.config.vae.scale_factor
+        images = self.vae.decode(latents.to(self.dtype))
+        if images.isfinite().all():
+            return images
+        if self.dtype in (torch.float32, torch.float64):
+            raise ValueError("the VAE's output is not finite: the weights or the latents hold NaN or infinity")
+        log.warning("the VAE overflowed in %s; decoding again in fp32", self.dtype)
+        return self._vae_in_fp32().decode(latents)
+
+    def _vae_in_fp32(self) -> VAE:
+        with torch.device("meta"):
+            vae = VAE(self.config.vae)
+        vae.load_state_dict({name: weight.float() for name, weight in self.vae.state_dict().items()}, assign=True)
+        return vae
+
+    def _noised_image(self, image: Image.Image, height: int, width: int, noise: PictureNoise, t: int) -> Tensor:
+        """The picture's latents at timestep t, [B, z, h, w]: first the posterior's noise is drawn, then the step's."""
+        pixels = from_pil(image, height, width).to(self.device, self.dtype)
+        mean, logvar = (part.to(noise.dtype) for part in self.vae.encode(pixels))
+        clean = (mean + (logvar / 2).exp() * noise()) * self.config.vae.scale_factor
+        return add_noise(clean, noise(), t)
+
+    @property
+    def _downsampling(self) -> int:
+        return self.config.vae.downsampling
+
+    def _size(self, height: int | None, width: int | None, init_image: Image.Image | None) -> tuple[int, int]:
+        side = self.config.image_size
+        natural = (side, side) if init_image is None else _same_shape(init_image, side, self.config.size_multiple)
+        height, width = height or natural[0], width or natural[1]
+        self.config.check_size(height, width)
+        return height, width
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.times[stage] = time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+
+def _same_shape(image: Image.Image, side: int, multiple: int) -> tuple[int, int]:
+    """Height and width near image's aspect ratio, near side x side pixels in all, multiples of `multiple`."""
+    width, height = image.size
+    if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # lying on its side
+        width, height = height, width
+    scale = side / math.sqrt(width * height)
+    fit = [max(multiple, round(length * scale / multiple) * multiple) for length in (height, width)]
+    return fit[0], fit[1]
+
+
+def _broadcast(prompt, negative_prompt, seed) -> tuple[list[str], list[str], list[int]]:
+    """Lists of one length. An integer seed counts up; prompts repeat."""
+    columns = [[value] if isinstance(value, str) else list(value) for value in (prompt, negative_prompt)]
+    given_seeds = list(seed) if isinstance(seed, Sequence) else None
+    count = max(len(column) for column in (*columns, given_seeds or [0]))
+    if given_seeds is None:
+        first = secrets.randbelow(2**32) if seed is None else seed
+        given_seeds = [first + i for i in range(count)]
+    columns = [column * count if len(column) == 1 else column for column in (*columns, given_seeds)]
+    if lengths := {len(column) for column in columns} - {count}:
+        raise ValueError(f"prompts, negative prompts and seeds differ in number: {count} and {lengths.pop()}")
+    if bad := [s for s in columns[2] if not 0 <= s < 2**63]:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, not {bad[0]}")
+    return columns[0], columns[1], columns[2]
+
+
+def _check(steps: int, cfg_scale: float, sampler: str, strength: float) -> None:
+    if sampler not in SAMPLERS:
+        raise ValueError(f"no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+    if not math.isfinite(cfg_scale):
+        raise ValueError(f"cfg_scale must be a finite number, not {cfg_scale}")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be over 0 and at most 1, not {strength}")
+    spaced_timesteps(steps)
+
+
+def _given(latents: Tensor, shape: tuple[int, ...], noise: PictureNoise) -> Tensor:
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents are {list(latents.shape)}, not {list(shape)}")
+    return latents.to(noise.device, noise.dtype)
