@@ -81,7 +81,7 @@ class StableDiffusion:
         dtype: torch.dtype | None = None,
         ema: bool = False,
     ) -> "StableDiffusion":
-        """Load a checkpoint in the original layout, .safetensors or .ckpt; `find_checkpoint` picks one if none is named.
+        """Load a checkpoint in the original layout, .safetensors or .ckpt; `find_checkpoint` names the default.
 
         dtype defaults to fp16 on CUDA and fp32 elsewhere. Raises FileNotFoundError or model_loader.CheckpointError.
         """

@@ -29,7 +29,7 @@ class Guided:
     """A denoiser with classifier-free guidance (Ho and Salimans 2022): uncond + scale * (cond - uncond).
 
     `predict(x, t, context)` is the network. `context` [2B, S, C] holds the unconditional half first, then the
-    conditional one, and both go through the network in one call; at scale 1 it is the conditional half alone, [B, S, C].
+    conditional one, and both go through the network in one call; at scale 1 it is only the conditional half, [B, S, C].
     The network runs in context's dtype, the guidance in x's.
     """
 
