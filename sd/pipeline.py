@@ -235,6 +235,8 @@ def _broadcast(prompt, negative_prompt, seed) -> tuple[list[str], list[str], lis
     """Lists of one length. An integer seed counts up; prompts repeat."""
     columns = [[value] if isinstance(value, str) else list(value) for value in (prompt, negative_prompt)]
     given_seeds = list(seed) if isinstance(seed, Sequence) else None
+    if not columns[0]:
+        raise ValueError("generate needs at least one prompt")
     count = max(len(column) for column in (*columns, given_seeds or [0]))
     if given_seeds is None:
         first = secrets.randbelow(2**32) if seed is None else seed

@@ -1,0 +1,49 @@
+# Everything a person types: `make image PROMPT="..."`, `make test`. The first call builds .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+PROMPT ?= a red apple
+OUT ?= output.png
+STEPS ?= 50
+SEED ?=
+CKPT ?=
+ARGS ?=
+export PROMPT OUT
+
+.PHONY: image test test-full lint format bench clean
+
+image: $(VENV)/.installed
+	@$(BIN)/python sd/inference.py --prompt "$$PROMPT" --steps $(STEPS) --out "$$OUT" \
+	    $(if $(SEED),--seed $(SEED)) $(if $(CKPT),--ckpt "$(CKPT)") $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m full -rs
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,110 @@
+"""The SD 1.5 configuration itself, with random weights in the original layout, in fp32 against diffusers."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd.config import SD15
+from sd.images import read_parameters
+from sd.pipeline import StableDiffusion
+from tests import oracles
+from tests.checkpoints import random_models, write_ckpt
+from tests.oracles import relative_error
+from tests.test_pipeline import detailed, differ, diffusers_pipeline
+
+pytestmark = pytest.mark.full
+
+BOUND = 1e-5
+PROGRAM = Path(__file__).resolve().parent.parent / "sd" / "inference.py"
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory) -> Path:
+    """4.27 GB as `v1-5-pruned-emaonly.ckpt` holds them, with a pickled callback of lightning's beside them."""
+    path = tmp_path_factory.mktemp("full") / "random.ckpt"
+    write_ckpt(path, random_models(SD15, seed=0))
+    yield path
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def pipe(ckpt) -> StableDiffusion:
+    return StableDiffusion.load(ckpt, device="cpu")
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_configuration_is_recognized(pipe):
+    assert (pipe.config.text, pipe.config.unet, pipe.config.vae) == (SD15.text, SD15.unet, SD15.vae)
+
+
+@torch.no_grad()
+def test_text_encoder(pipe):
+    tokens = pipe.tokenizer(["", "a lighthouse in a storm, oil on canvas"])
+    expected = oracles.transformers_clip(pipe.clip, SD15.text)(tokens).last_hidden_state
+    assert relative_error(pipe.clip(tokens), expected) < BOUND
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "scale"),
+    [(1, 32, 32, 1.0), (2, 32, 32, 1.0), (1, 32, 48, 1.0), (1, 32, 32, 3e-3)],
+    ids=["plain", "batch of 2", "32x48", "variance near eps"],
+)
+def test_unet(pipe, batch, height, width, scale):
+    x, context = scale * noise(batch, 4, height, width), noise(batch, 77, 768, seed=1)
+    expected = oracles.diffusers_unet(pipe.unet, SD15.unet)(x, 500, encoder_hidden_states=context).sample
+    actual = pipe.unet(x, torch.tensor(500), context)
+    assert expected.std() > 1e-3
+    assert relative_error(actual, expected) < BOUND
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["plain", "variance near eps"])
+def test_vae(pipe, scale):
+    oracle = oracles.diffusers_vae(pipe.vae, SD15.vae)
+    images = scale * noise(1, 3, 256, 256).clamp(-1, 1)
+    expected = oracle.encode(images).latent_dist
+    mean, logvar = pipe.vae.encode(images)
+    assert relative_error(mean, expected.mean) < BOUND
+    assert relative_error(logvar, expected.logvar) < BOUND
+    latents = scale * noise(1, 4, 32, 32)
+    assert relative_error(pipe.vae.decode(latents), oracle.decode(latents).sample) < BOUND
+
+
+def test_pipeline(pipe):
+    arguments = {"height": 256, "width": 256}
+    ours = pipe.generate("a lighthouse in a storm", "blurry", steps=2, seed=3, **arguments)[0]
+    theirs = diffusers_pipeline(pipe, oracles.ddpm_scheduler())(
+        "a lighthouse in a storm",
+        negative_prompt="blurry",
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(3),
+        **arguments,
+    ).images[0]
+    assert detailed(ours)
+    assert differ(ours, theirs) <= 1
+
+
+def test_command_line_from_a_ckpt(ckpt, tmp_path):
+    command = [sys.executable, PROGRAM, "--ckpt", ckpt, "--prompt", "a lighthouse", "--steps", "2", "--seed", "1"]
+    command += ["--height", "256", "--width", "256", "--out", tmp_path / "a.png"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert read_parameters(tmp_path / "a.png")["steps"] == 2
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"\n{result.stdout}peak memory {peak:.2f} GiB")
+    weights = sum(p.numel() * 4 for m in random_sizes() for p in m) / 2**30
+    assert peak < 1.25 * weights + 1.5  # the activations of 256x256 and PyTorch itself come on top
+
+
+def random_sizes():
+    from sd.model_loader import build
+
+    return (list(model.parameters()) for model in build(SD15))

@@ -1,0 +1,223 @@
+"""The whole way from prompt to picture against diffusers' pipelines, and what `generate` promises."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from sd.pipeline import DATA, StableDiffusion
+from tests import oracles
+from tests.checkpoints import random_models, tiny_config
+
+PROMPTS = ["a lighthouse in a storm", "two red apples"]
+NEGATIVE = "blurry"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusion:
+    config = tiny_config()
+    return StableDiffusion(config, *random_models(config, seed=3))
+
+
+def diffusers_pipeline(pipe: StableDiffusion, scheduler, kind=StableDiffusionPipeline):
+    vocabulary = {"vocab": str(DATA / "vocab.json"), "merges": str(DATA / "merges.txt")}
+    theirs = kind(
+        vae=oracles.diffusers_vae(pipe.vae, pipe.config.vae),
+        text_encoder=oracles.transformers_clip(pipe.clip, pipe.config.text),
+        tokenizer=CLIPTokenizer(**vocabulary, model_max_length=pipe.config.text.max_length),
+        unet=oracles.diffusers_unet(pipe.unet, pipe.config.unet),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    theirs.set_progress_bar_config(disable=True)
+    return theirs
+
+
+def differ(a: Image.Image, b: Image.Image) -> int:
+    """The largest difference of any byte."""
+    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
+
+
+def detailed(image: Image.Image) -> bool:
+    """That a comparison means something: the picture is neither flat nor all clipped."""
+    array = np.asarray(image)
+    return array.std() > 5 and ((array > 0) & (array < 255)).mean() > 0.5
+
+
+@pytest.mark.parametrize(("sampler", "scheduler"), [("ddpm", oracles.ddpm_scheduler), ("ddim", oracles.ddim_scheduler)])
+@pytest.mark.parametrize("cfg_scale", [7.5, 1.0])
+def test_fifty_steps_against_diffusers(pipe, sampler, scheduler, cfg_scale):
+    seeds = [11, 12]
+    ours = pipe.generate(PROMPTS, NEGATIVE, 50, cfg_scale, seeds, 32, 48, sampler)
+    theirs = diffusers_pipeline(pipe, scheduler())(
+        PROMPTS,
+        negative_prompt=[NEGATIVE] * 2,
+        height=32,
+        width=48,
+        num_inference_steps=50,
+        guidance_scale=cfg_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    ).images
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.size == (48, 32)
+        assert detailed(a)
+        assert differ(a, b) <= 1
+
+
+def test_given_latents_against_diffusers(pipe):
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    before = latents.clone()
+    ours = pipe.generate(PROMPTS[0], steps=10, seed=5, height=32, width=32, latents=latents)
+    theirs = diffusers_pipeline(pipe, oracles.ddpm_scheduler())(
+        PROMPTS[0],
+        height=32,
+        width=32,
+        num_inference_steps=10,
+        latents=latents.clone(),
+        generator=torch.Generator().manual_seed(5),
+    ).images
+    assert differ(ours[0], theirs[0]) <= 1
+    assert torch.equal(latents, before)
+
+
+@pytest.mark.parametrize("strength", [0.02, 0.5, 1.0])
+@pytest.mark.parametrize(("sampler", "scheduler"), [("ddpm", oracles.ddpm_scheduler), ("ddim", oracles.ddim_scheduler)])
+def test_image_to_image_against_diffusers(pipe, sampler, scheduler, strength):
+    array = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    init = Image.fromarray(array).resize((48, 32), Image.Resampling.BICUBIC)
+    ours = pipe.generate(PROMPTS[0], NEGATIVE, 50, 7.5, 9, 32, 48, sampler=sampler, init_image=init, strength=strength)
+    theirs = diffusers_pipeline(pipe, scheduler(), StableDiffusionImg2ImgPipeline)(
+        PROMPTS[0],
+        image=init,
+        strength=strength,
+        negative_prompt=NEGATIVE,
+        num_inference_steps=50,
+        guidance_scale=7.5,
+        generator=torch.Generator().manual_seed(9),
+    ).images
+    assert differ(ours[0], theirs[0]) <= 1
+
+
+def test_the_smallest_strength_still_makes_one_step(pipe):
+    calls = []
+    init = Image.new("RGB", (32, 32), "red")
+    pipe.generate("x", steps=50, init_image=init, strength=0.001, on_step=lambda *step: calls.append(step[:2]))
+    assert calls == [(1, 1)]
+
+
+def test_same_seed_same_bytes(pipe):
+    first, second = (pipe.generate(PROMPTS[0], steps=3, seed=1)[0] for _ in range(2))
+    assert differ(first, second) == 0
+    assert differ(first, pipe.generate(PROMPTS[0], steps=3, seed=2)[0]) > 0
+
+
+def test_items_of_a_batch_equal_their_single_runs(pipe):
+    batch = pipe.generate([*PROMPTS, ""], NEGATIVE, steps=10, seed=[4, 5, 6])
+    for prompt, seed, together in zip([*PROMPTS, ""], (4, 5, 6), batch, strict=True):
+        alone = pipe.generate(prompt, NEGATIVE, steps=10, seed=seed)[0]
+        assert differ(alone, together) <= 1
+
+
+def test_prompts_and_seeds_are_broadcast(pipe):
+    assert [i.info["seed"] for i in pipe.generate(PROMPTS, steps=1, seed=7)] == [7, 8]
+    assert [i.info["prompt"] for i in pipe.generate("x", steps=1, seed=[1, 2, 3])] == ["x"] * 3
+    info = pipe.generate(PROMPTS, ["a", "b"], steps=1, seed=0)[1].info
+    assert (info["prompt"], info["negative_prompt"], info["steps"]) == (PROMPTS[1], "b", 1)
+
+
+def test_a_seed_is_drawn_and_told(pipe):
+    a, b = (pipe.generate("x", steps=1)[0] for _ in range(2))
+    assert a.info["seed"] != b.info["seed"]
+    assert differ(a, pipe.generate("x", steps=1, seed=a.info["seed"])[0]) == 0
+
+
+def test_default_size_is_the_models(pipe):
+    side = pipe.config.image_size
+    assert pipe.generate("x", steps=1)[0].size == (side, side)
+
+
+def test_size_from_the_init_image_keeps_its_shape(pipe):
+    side = pipe.config.image_size
+    wide = pipe.generate("x", steps=1, init_image=Image.new("RGB", (400, 100)))[0]
+    assert wide.size == (2 * side, side // 2)
+
+
+def test_on_step_sees_every_step(pipe):
+    seen = []
+    pipe.generate("x", steps=4, on_step=lambda i, n, latents: seen.append((i, n, latents.shape[1])))
+    assert seen == [(i, 4, pipe.config.vae.z_channels) for i in range(1, 5)]
+
+
+def test_stage_times(pipe):
+    pipe.generate("x", steps=1)
+    assert {"text", "denoise", "decode"} <= set(pipe.times)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps must be from 1 to 1000"),
+        ({"steps": 1001}, "steps must be from 1 to 1000"),
+        ({"cfg_scale": float("nan")}, "cfg_scale"),
+        ({"strength": 0.0}, "strength"),
+        ({"strength": 2.0}, "strength"),
+        ({"sampler": "magic"}, "ddpm, ddim"),
+        ({"height": 33}, "height 32 or"),
+        ({"seed": -1}, "seed"),
+        ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "differ in number"),
+        ({"prompt": []}, "at least one"),
+        ({"latents": torch.zeros(1, 1, 1, 1)}, "latents are"),
+    ],
+)
+def test_values_out_of_range(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.generate(**{"prompt": "x", **arguments})
+
+
+def test_a_vae_that_overflows_is_run_again_in_fp32(pipe, caplog):
+    config = tiny_config()
+    half = StableDiffusion(config, *random_models(config, seed=3, dtype=torch.bfloat16))
+    good = half.generate("x", steps=1, seed=0)[0]
+
+    def overflow(latents):
+        return torch.full_like(latents, float("inf"))
+
+    half.vae.decode = overflow
+    with caplog.at_level(logging.WARNING):
+        again = half.generate("x", steps=1, seed=0)[0]
+    assert "fp32" in caplog.text
+    assert differ(good, again) < 24
+
+
+def test_nan_in_fp32_is_an_error_not_a_black_picture(pipe):
+    config = tiny_config()
+    broken = StableDiffusion(config, *random_models(config, seed=3))
+    broken.vae.decoder.conv_in.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        broken.generate("x", steps=1)
+
+
+def test_save_and_load_again(pipe, tmp_path):
+    path = tmp_path / "model.safetensors"
+    pipe.save(path)
+    loaded = StableDiffusion.load(path, device="cpu")
+    assert loaded.config == pipe.config
+    a, b = (p.generate(PROMPTS[0], steps=2, seed=0)[0] for p in (pipe, loaded))
+    assert differ(a, b) == 0
+
+
+def test_libraries_used_as_oracles_are_not_imported_by_the_program():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, sd.pipeline; print([m for m in ('transformers', 'diffusers', 'accelerate') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
