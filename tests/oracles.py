@@ -45,6 +45,7 @@ def diffusers_unet(unet: UNet, cfg: UNetConfig) -> UNet2DConditionModel:
         "cross_attention_dim": cfg.context_dim,
         "attention_head_dim": cfg.num_heads,  # misnamed: the number of heads in SD 1's configurations
         "norm_num_groups": cfg.norm_groups,
+        "sample_size": 64,
         "transformer_layers_per_block": cfg.transformer_depth,
     }
     weights = {PREFIXES["unet"] + name: weight for name, weight in unet.state_dict().items()}
