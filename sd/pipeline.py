@@ -30,8 +30,8 @@ OnStep = Callable[[int, int, Tensor], None]
 DATA = Path(__file__).resolve().parent.parent / "data"
 DEMO_CHECKPOINT = DATA / "demo" / "sd-demo.safetensors.index.json"
 GET_WEIGHTS = (
-    "no weights: put v1-5-pruned-emaonly.safetensors from huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5 "
-    "into data/, or name a Stable Diffusion 1.x checkpoint with --ckpt or SD_CKPT"
+    "no weights: run `python sd/download.py`, which fetches SD 1.5 into data/ (4.3 GB), "
+    "or name a Stable Diffusion 1.x checkpoint with --ckpt or SD_CKPT"
 )
 
 
@@ -204,7 +204,8 @@ class StableDiffusion:
     def _size(self, height: int | None, width: int | None, init_image: Image.Image | None) -> tuple[int, int]:
         side = self.config.image_size
         natural = (side, side) if init_image is None else _same_shape(init_image, side, self.config.size_multiple)
-        height, width = height or natural[0], width or natural[1]
+        height = natural[0] if height is None else height
+        width = natural[1] if width is None else width
         self.config.check_size(height, width)
         return height, width
 

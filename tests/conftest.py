@@ -1,6 +1,9 @@
 """Full-size tests are skipped, with the reason, where the machine is too small for them."""
 
 import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,3 +21,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "full" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A small model as pipe.save writes it, its configuration in the file: it draws 64x64 pixels."""
+    from sd.pipeline import StableDiffusion
+    from tests.checkpoints import random_models, tiny_config
+
+    config = tiny_config()
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    StableDiffusion(config, *random_models(config, seed=0)).save(path)
+    return path
+
+
+def _mounted(folder: Path, *options: str) -> Iterator[Path]:
+    """Mount something on the folder while a test runs; skip the test where that is not allowed."""
+    try:
+        done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount program")
+    if done.returncode:
+        pytest.skip(f"cannot mount here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    (tmp_path / "small").mkdir()
+    yield from _mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=64k", "none")
+
+
+@pytest.fixture
+def read_only_disk(tmp_path) -> Iterator[Path]:
+    """A file system mounted read-only, which binds root too."""
+    (tmp_path / "read-only").mkdir()
+    yield from _mounted(tmp_path / "read-only", "-t", "tmpfs", "-o", "ro,size=64k", "none")

@@ -1,0 +1,308 @@
+"""Everything that a person can get wrong: one line, exit code 2, no traceback, nothing written, nothing executed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from sd import inference
+from sd.inference import main
+from sd.pipeline import GET_WEIGHTS
+from tests.checkpoints import original_layout, random_models, tiny_config, write_ckpt
+
+PROGRAM = Path(inference.__file__)
+
+
+@pytest.fixture
+def folder(tiny_checkpoint, tmp_path, monkeypatch) -> Path:
+    """The working directory, with a model to use by default."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("SD_CKPT", str(tiny_checkpoint))
+    return tmp_path / "here"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def refused(folder, capfd):
+    """Run the command line; returns its complaint: checked to be one line, with no file changed."""
+
+    def call(*arguments: object) -> str:
+        before = contents(folder)
+        capfd.readouterr()
+        code = main(list(map(str, arguments)))
+        printed = capfd.readouterr()
+        assert code == 2, printed
+        assert contents(folder) == before
+        assert printed.out == ""
+        lines = printed.err.splitlines()
+        assert len(lines) == 1, printed.err
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps must be from 1 to 1000, not 0"),
+        (["--steps", "1001"], "steps must be from 1 to 1000, not 1001"),
+        (["--cfg-scale", "nan"], "cfg_scale must be a finite number, not nan"),
+        (["--cfg-scale=-inf"], "cfg_scale must be a finite number"),
+        (["--strength", "0"], "strength must be over 0 and at most 1, not 0.0"),
+        (["--strength", "2"], "strength must be over 0 and at most 1, not 2.0"),
+        (["--strength", "nan"], "strength must be a finite number"),
+        (["--height", "100"], "nearest: height 64 or 128"),
+        (["--width", "32"], "nearest: height 64, width 64"),
+        (["--height", "0"], "height must be from 1"),
+        (["--height", "-64"], "height must be from 1"),
+        (["--seed", "-1"], "seed must be from 0 to 2**63 - 1, not -1"),
+        (["--seed", str(2**63)], "seed must be from 0 to 2**63 - 1"),
+        (["--seed", str(2**63 - 1), "--num-images", "2"], "seed must be from 0 to 2**63 - 1"),
+        (["--num-images", "0"], "num_images must be from 1"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--sampler", "magic"], "argument --sampler: invalid choice: 'magic'"),
+        (["--colour"], "unrecognized arguments: --colour"),
+        (["--prompt", "\udcff"], "prompt holds characters that are not Unicode text"),
+        (["--out", "nowhere/x.png"], "there is no folder nowhere"),
+        (["--out", "."], "is a folder"),
+        (["--out", "x.jpg"], "must end in .png"),
+        (["--out", "/dev/null"], "must end in .png"),
+        (["--out", "{index.__class__}.png"], "has the field"),
+        (["--out", "x" * 300 + ".png"], "longer than 255 bytes"),
+        (["--device", "warp"], "--device: 'warp' cannot be used here"),
+        (["--device", "cuda:99"], "--device: 'cuda:99' cannot be used here"),
+        (["--opt", "magic"], "no optimization 'magic'"),
+        (["--attention", "magic"], "magic"),
+        (["--load-quantized", "missing.safetensors"], "missing.safetensors"),
+        (["--save-quantized", "q.safetensors"], "not quantized"),
+        (["--prompts-file", "also.txt"], "one of them"),
+    ],
+)
+def test_values(refused, arguments, message):
+    import re
+
+    assert re.search(
+        message.replace("*", r"\*").replace("(", r"\("), refused("--prompt", "x", "--steps", "2", *arguments)
+    )
+
+
+def test_nothing_to_draw(refused):
+    assert "say what to draw" in refused()
+
+
+# ---- checkpoints
+
+HTML = b"<!DOCTYPE html><html>Sign in</html>"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:6ce0161689b3\nsize 4265146304\n"
+
+
+def weights(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {**original_layout(random_models(tiny_config(), seed=0)), **changes}
+
+
+def with_nan(path: Path) -> None:
+    tensors = weights()
+    tensors["model.diffusion_model.out.2.bias"] = torch.tensor([0.0, float("nan"), 0.0, 0.0])
+    save_file(tensors, path)
+
+
+def truncated(path: Path) -> None:
+    save_file(weights(), path)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def truncated_ckpt(path: Path) -> None:
+    write_ckpt(path, random_models(tiny_config(), seed=0))
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def sdxl(path: Path) -> None:
+    names = ("conditioner.embedders.1.model.ln_final.weight", "model.diffusion_model.label_emb.0.0.weight")
+    save_file({name: torch.zeros(8, 8) for name in names}, path)
+
+
+def sd2(path: Path) -> None:
+    save_file(
+        {"cond_stage_model.model.ln_final.weight": torch.zeros(8), "model.diffusion_model.x": torch.zeros(8)}, path
+    )
+
+
+CHECKPOINTS = {
+    "page.safetensors": (lambda path: path.write_bytes(HTML), "web page"),
+    "page.ckpt": (lambda path: path.write_bytes(HTML), "web page"),
+    "pointer.safetensors": (lambda path: path.write_bytes(LFS), "git-lfs"),
+    "random.safetensors": (lambda path: path.write_bytes(bytes(range(256)) * 99), ""),
+    "random.ckpt": (lambda path: path.write_bytes(bytes(range(256)) * 99), ""),
+    "empty.ckpt": (lambda path: path.touch(), ""),
+    "folder.ckpt": (lambda path: path.mkdir(), "folder"),
+    "missing.ckpt": (lambda path: None, "no such file"),
+    "truncated.safetensors": (truncated, ""),
+    "truncated.ckpt": (truncated_ckpt, ""),
+    "nan.safetensors": (with_nan, "NaN"),
+    "sdxl.safetensors": (sdxl, "Stable Diffusion XL"),
+    "sd2.safetensors": (sd2, "Stable Diffusion 2"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints(refused, folder, name):
+    make, message = CHECKPOINTS[name]
+    make(folder / name)
+    line = refused("--prompt", "x", "--steps", 1, "--ckpt", name)
+    assert name in line
+    assert message in line
+
+
+def test_a_pickled_command_is_not_run(refused, folder):
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {folder}/owned",)
+
+    torch.save({"state_dict": {"x": Payload()}}, "evil.ckpt")
+    assert "system" in refused("--prompt", "x", "--ckpt", "evil.ckpt")
+    assert not Path("owned").exists()
+
+
+def test_no_weights_at_all(refused, folder, monkeypatch):
+    monkeypatch.delenv("SD_CKPT")
+    monkeypatch.setattr("sd.pipeline.DATA", folder)
+    monkeypatch.setattr("sd.pipeline.DEMO_CHECKPOINT", folder / "demo")
+    assert "python sd/download.py" in GET_WEIGHTS
+    assert GET_WEIGHTS in refused("--prompt", "x")
+
+
+# ---- files read
+
+
+def test_init_images(refused):
+    Path("text.png").write_text("not a picture")
+    Path("evil.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    Image.effect_noise((64, 64), 50).save("whole.png")
+    Path("truncated.png").write_bytes(Path("whole.png").read_bytes()[:-2000])
+    for name in ("text.png", "evil.eps", "missing.png", "."):
+        assert f"--init-image: {name} cannot be read" in refused("--prompt", "x", "--init-image", name)
+    Path("p.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "init_image": "missing.png"}\n')
+    assert "p.jsonl line 2: missing.png cannot be read" in refused("--prompts-file", "p.jsonl")
+
+
+def test_a_truncated_init_image(folder, capfd):
+    Image.effect_noise((64, 64), 50).save("whole.png")
+    Path("truncated.png").write_bytes(Path("whole.png").read_bytes()[:-2000])
+    assert main(["--prompt", "x", "--steps", "1", "--init-image", "truncated.png", "--out", "a.png"]) == 2
+    assert "truncated.png cannot be read" in capfd.readouterr().err.splitlines()[-1]
+    assert not Path("a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", None, "cannot be read (No such file or directory)"),
+        ("p.txt", b"a caf\xe9", "is not UTF-8 text"),
+        ("p.txt", b"\xff\xfea\0", "is not UTF-8 text"),
+        ("p.txt", b"\n\n", "holds no prompt"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt"', "p.jsonl line 2: not JSON"),
+        ("p.jsonl", b'{"prompt": "a", "steps": 0}', "p.jsonl line 1: steps must be from 1 to 1000"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "a", "width": 100}', "p.jsonl line 2: 64x100"),
+    ],
+)
+def test_prompts_files(refused, name, content, message):
+    if content is not None:
+        Path(name).write_bytes(content)
+    assert message in refused("--prompts-file", name)
+
+
+def test_a_folder_as_prompts_file(refused):
+    assert "cannot be read (Is a directory)" in refused("--prompts-file", ".")
+
+
+def test_pictures_to_draw_again(refused, tiny_checkpoint):
+    from sd.images import save_png
+
+    Image.new("RGB", (8, 8)).save("foreign.png")
+    Path("text.png").write_text("not a picture")
+    assert "holds no parameters" in refused("--from-png", "foreign.png")
+    assert "cannot identify" in refused("--from-png", "text.png")
+    assert "No such file" in refused("--from-png", "missing.png")
+    cases = [
+        ({"prompt": "x", "steps": 0}, "steps must be"),
+        ({"prompt": ["x"]}, "prompt must be text"),
+        ({"prompt": "x", "dtype": "int8"}, "no dtype int8"),
+        ({"prompt": "x", "device": "warp"}, "--device: 'warp'"),
+        ({"prompt": "x", "opt": "magic"}, "no optimization 'magic'"),
+        ({"prompt": "x", "init_image": "gone.png", "init_image_hash": "0"}, "--init-image"),
+        ({"prompt": "x", "checkpoint": "/etc/passwd", "checkpoint_hash": "0"}, "--ckpt"),
+        ({"prompt": "x", "quantized": "q.safetensors"}, "--load-quantized"),
+    ]
+    for parameters, message in cases:
+        save_png(Image.new("RGB", (8, 8)), "recorded.png", parameters)
+        assert message in refused("--from-png", "recorded.png")
+
+
+# ---- files written
+
+
+def test_a_picture_of_another_run_stays(refused, folder):
+    assert main(["--prompt", "x", "--steps", "1", "--out", "output-1.png"]) == 0
+    line = refused("--prompt", "y", "--num-images", 2, "--steps", 1)
+    assert "output-1.png is there and is another picture (its prompt is 'x', not 'y'); --overwrite" in line
+
+
+def test_a_read_only_disk(refused, read_only_disk):
+    line = refused("--prompt", "x", "--steps", 1, "--out", read_only_disk / "a.png")
+    assert "read-only is not writable (Read-only file system)" in line
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(refused, folder):
+    Path("locked").mkdir(mode=0o500)
+    assert "locked is not writable" in refused("--prompt", "x", "--steps", 1, "--out", "locked/a.png")
+
+
+def test_a_disk_that_is_full(refused, small_disk):
+    (small_disk / "filler").write_bytes(bytes(2**16))
+    line = refused("--prompt", "x", "--steps", 1, "--out", small_disk / "a.png")
+    assert "not writable (No space left on device)" in line
+    assert os.listdir(small_disk) == ["filler"]
+
+
+def test_a_disk_that_fills_up(folder, small_disk, capfd):
+    """The pictures that fit are whole, no other file is left, and the message is one line."""
+    assert main(["--prompt", "x", "--steps", "1", "--num-images", "9", "--out", f"{small_disk}/a.png"]) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "No space left on device" in last
+    assert 0 < len(os.listdir(small_disk)) < 9
+    for path in small_disk.iterdir():
+        with Image.open(path) as image:
+            image.load()
+
+
+# ---- in a process of its own: no traceback from the interpreter's end either
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps must be from 1 to 1000"),
+        (["--ckpt", "missing.safetensors"], "missing.safetensors"),
+        (["--out", "nowhere/x.png"], "there is no folder nowhere"),
+    ],
+)
+def test_as_a_process(folder, arguments, message):
+    command = [sys.executable, str(PROGRAM), "--prompt", "x", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert list(folder.iterdir()) == []

@@ -1,0 +1,301 @@
+"""Prompt files, names, resuming and batches, without a model."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sd import pipeline, samplers
+from sd.jobs import (
+    CHECKS,
+    DEFAULTS,
+    NAME_FIELDS,
+    SAMPLERS,
+    Entry,
+    Job,
+    UserError,
+    check_parameter,
+    draw_in_batches,
+    groups,
+    left_to_draw,
+    output_files,
+    plan,
+    read_prompts,
+    slug,
+)
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def some_jobs(count: int, **changes) -> list[Job]:
+    return plan([Entry("", {"prompt": "x", "num_images": count})], changes, first_seed=0)
+
+
+# ---- prompt files
+
+
+def test_a_prompt_a_line(tmp_path):
+    file = write(tmp_path / "p.txt", "\ufeffa fox\r\n\n  # not a comment \nein Füchslein 🦊\u2028\n")
+    assert [e.parameters["prompt"] for e in read_prompts(file)] == ["a fox", "# not a comment", "ein Füchslein 🦊"]
+
+
+def test_any_parameter_by_line(tmp_path):
+    line = {
+        "prompt": "a fox",
+        "negative_prompt": "blur",
+        "steps": 3,
+        "cfg_scale": 2,
+        "seed": 9,
+        "height": 64,
+        "width": 128,
+        "sampler": "ddim",
+        "init_image": "a.png",
+        "strength": 0.5,
+        "num_images": 2,
+    }
+    assert set(line) == set(CHECKS)
+    file = write(tmp_path / "p.jsonl", json.dumps(line) + '\n{"prompt": "b", "steps": null}\n')
+    jobs = plan(read_prompts(file), {"steps": 7}, first_seed=100)
+    assert [(j.index, j.prompt, j.steps, j.seed) for j in jobs] == [
+        (1, "a fox", 3, 9),
+        (2, "a fox", 3, 10),
+        (3, "b", 7, 102),
+    ]
+    assert jobs[0].settings() == (3, 2.0, 64, 128, "ddim", "a.png", 0.5)
+    assert jobs[2].settings()[2:] == (None, None, "ddpm", None, DEFAULTS["strength"])
+    assert jobs[2].where == f"{file} line 2"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": "b", "steps": 0}', "line 2: steps must be from 1 to 1000, not 0"),
+        ('{"prompt": "a", "steps": 1001}', "line 1: steps"),
+        ('{"prompt": "a", "steps": 20.5}', "line 1: steps"),
+        ('{"prompt": "a", "steps": "20"}', "line 1: steps"),
+        ('{"prompt": "a", "steps": true}', "line 1: steps"),
+        ('{"prompt": "a", "cfg_scale": NaN}', "line 1: cfg_scale must be a finite number"),
+        ('{"prompt": "a", "cfg_scale": 1e999}', "line 1: cfg_scale"),
+        ('{"prompt": "a", "strength": 2}', "line 1: strength must be over 0"),
+        ('{"prompt": "a", "strength": 0}', "line 1: strength must be over 0"),
+        ('{"prompt": "a", "sampler": "magic"}', "line 1: no sampler 'magic'; there are ddpm, ddim"),
+        ('{"prompt": "a", "sampler": []}', "line 1: no sampler"),
+        ('{"prompt": "a", "seed": -1}', "line 1: seed"),
+        ('{"prompt": "a", "seed": 9223372036854775808}', "line 1: seed"),
+        ('{"prompt": "a", "seed": 9223372036854775807, "num_images": 2}', "line 1: seed"),
+        ('{"prompt": "a", "height": 0}', "line 1: height"),
+        ('{"prompt": "a", "num_images": 0}', "line 1: num_images"),
+        ('{"prompt": "a", "stpes": 3}', "line 1: there is no parameter 'stpes'; there are prompt, "),
+        ('{"prompt": 3}', 'line 1: it lacks "prompt"'),
+        ('{"steps": 3}', 'line 1: it lacks "prompt"'),
+        ('\n{"prompt": ', "line 2: not JSON"),
+        ("[" * 100_000, "line 1: not JSON"),
+        ('"a fox"', "line 1: not an object"),
+        ('{"prompt": "\\ud800"}', "line 1: prompt holds characters"),
+        ("\n \n", "holds no prompt"),
+        (b"a caf\xe9", "is not UTF-8 text"),
+    ],
+)
+def test_mistakes_name_the_line(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        plan(read_prompts(write(tmp_path / "p.jsonl", text)), {}, first_seed=0)
+    assert message in str(error.value)
+    assert "p.jsonl" in str(error.value)
+
+
+def test_unreadable_files(tmp_path):
+    for path in (tmp_path, tmp_path / "missing.txt"):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_prompts(path)
+
+
+@given(st.text())
+def test_any_text_file_is_prompts_or_one_error(tmp_path_factory, text):
+    file = tmp_path_factory.getbasetemp() / "any.jsonl"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        read = read_prompts(file)
+    except UserError as error:
+        read = [Entry(str(error), {"prompt": ""})]
+    assert all(isinstance(entry.parameters["prompt"], str) and "any.jsonl" in entry.where for entry in read)
+
+
+def test_what_is_refused_here_is_what_the_pipeline_refuses():
+    assert tuple(samplers.SAMPLERS) == SAMPLERS
+    good = {"steps": 50, "cfg_scale": 7.5, "sampler": "ddpm", "strength": 0.8}
+    values = [("steps", 0), ("steps", 1), ("steps", 1000), ("steps", 1001), ("strength", 0.0), ("strength", 1e-9)]
+    values += [
+        ("strength", 1.0),
+        ("strength", 1.01),
+        ("cfg_scale", float("inf")),
+        ("cfg_scale", -3.0),
+        ("sampler", "x"),
+    ]
+    for name, value in values:
+        assert raises(check_parameter, name, value) == raises(pipeline._check, **{**good, name: value}), (name, value)
+
+
+def raises(function, *args, **kwargs) -> bool:
+    try:
+        function(*args, **kwargs)
+    except ValueError:
+        return True
+    return False
+
+
+# ---- names
+
+
+def test_names(tmp_path):
+    jobs = some_jobs(3)
+    assert output_files(f"{tmp_path}/a.png", jobs[:1], many=False) == [tmp_path / "a.png"]
+    assert [f.name for f in output_files(f"{tmp_path}/a.png", jobs, many=True)] == ["a-1.png", "a-2.png", "a-3.png"]
+    assert [f.name for f in output_files(f"{tmp_path}/a.png", jobs[:1], many=True)] == ["a-1.png"]
+    pattern = f"{tmp_path}/{{index:04}}-{{seed}}-{{prompt}}-{{steps}}{{{{x}}}}.png"
+    assert output_files(pattern, jobs, many=True)[1].name == "0002-1-x-50{x}.png"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{index.__class__}.png", "has the field {index.__class__}"),
+        ("{index[0]}.png", "has the field"),
+        ("{index!r}.png", "has the field"),
+        ("{0}.png", "has the field"),
+        ("{}.png", "has the field"),
+        ("{colour}.png", "there are {index}, {seed}"),
+        ("{index.png", "--out"),
+        ("{index:s}.png", "--out"),
+        ("{seed:{index}}.png", "has the field"),
+        ("a.jpg", "PNG files"),
+        ("a", "PNG files"),
+        ("no/{index}.png", "there is no folder no"),
+        ("{index}/x.png", "there is no folder 1"),
+        ("{sampler}.png", "pictures 1 and 2 would both be"),
+        (f"{'x' * 252}{{index}}.png", "longer than 255 bytes"),
+        ("folder.png", "is a folder"),
+    ],
+)
+def test_patterns_that_cannot_work(tmp_path, monkeypatch, pattern, message):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
+    with pytest.raises(UserError, match=message.replace("{", r"\{").replace("[", r"\[")):
+        output_files(pattern, some_jobs(2), many="folder" not in pattern)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.png"]
+
+
+@given(st.text())
+def test_a_prompt_in_a_name_stays_one_harmless_word(text):
+    word = slug(text)
+    assert word
+    assert len(word) <= 40
+    assert not set(word) & set("/\\.:*?\"'<>|{} \0\n")
+    assert len(word.encode()) < 200
+    assert Path(word).name == word
+
+
+def test_slugs():
+    assert slug("A red apple, on SNOW!") == "a-red-apple-on-snow"
+    assert slug("../../etc/passwd") == "etc-passwd"
+    assert slug("...") == "picture"
+    assert set(NAME_FIELDS) <= set(Job.__dataclass_fields__)
+
+
+# ---- what is there already
+
+
+def test_what_is_there_is_not_drawn_again(tmp_path):
+    jobs = some_jobs(4)
+    pictures = list(zip(jobs, output_files(f"{tmp_path}/a.png", jobs, many=True), strict=True))
+    there = {}
+    for job, file in pictures[:2]:
+        file.touch()
+        there[file] = {**job.parameters(), "height": 64, "model": "tiny"}
+    assert left_to_draw(pictures, there.__getitem__) == pictures[2:]
+    with pytest.raises(UserError, match="another picture \\(its model is 'tiny', not 'large'\\)"):
+        left_to_draw(pictures, there.__getitem__, {"model": "large"})
+    there[pictures[1][1]]["seed"] = 77
+    with pytest.raises(UserError, match="its seed is 77, not 1"):
+        left_to_draw(pictures, there.__getitem__)
+    assert left_to_draw(pictures, there.__getitem__, ignore=["seed"]) == pictures[2:]
+
+
+def test_a_file_of_somebody_else_is_not_taken_for_a_picture(tmp_path):
+    def refuse(path):
+        raise ValueError("no parameters")
+
+    (tmp_path / "a.png").touch()
+    with pytest.raises(UserError, match="not one of this program's"):
+        left_to_draw([(some_jobs(1)[0], tmp_path / "a.png")], refuse)
+
+
+# ---- batches
+
+
+def test_pictures_of_other_settings_are_other_groups():
+    jobs = [replace(job, steps=10 + job.index % 2) for job in some_jobs(5)]
+    found = groups((job, Path(f"{job.index}.png")) for job in jobs)
+    assert [[job.index for job, _ in group] for group in found] == [[1, 3, 5], [2, 4]]
+
+
+class Memory:
+    """A device that holds so many pictures at once."""
+
+    def __init__(self, holds: int):
+        self.holds = holds
+        self.asked: list[int] = []
+        self.shrunk: list[int] = []
+
+    def draw(self, batch):
+        self.asked.append(len(batch))
+        if len(batch) > self.holds:
+            raise RuntimeError("out of memory")
+        return [job.index for job in batch]
+
+    def run(self, count: int, size: int) -> list[int]:
+        done = draw_in_batches(some_jobs(count), self.draw, size, lambda e: "memory" in str(e), self.shrunk.append)
+        drawn = []
+        for batch, pictures in done:
+            assert [job.index for job in batch] == pictures
+            drawn += pictures
+        return drawn
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 40))
+def test_no_picture_is_lost_when_memory_runs_out(holds, count, size):
+    memory = Memory(holds)
+    assert memory.run(count, size) == list(range(1, count + 1))
+
+
+def test_batches_are_halved_and_stay_so():
+    memory = Memory(holds=3)
+    memory.run(10, size=8)
+    assert memory.asked == [8, 4, 2, 2, 2, 2, 2]
+    assert memory.shrunk == [4, 2]
+
+
+def test_one_picture_that_does_not_fit_is_an_error():
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Memory(holds=0).run(3, size=4)
+
+
+def test_other_errors_pass_through():
+    def broken(batch):
+        raise ValueError("something else")
+
+    with pytest.raises(ValueError, match="something else"):
+        next(draw_in_batches(some_jobs(4), broken, 4, lambda error: False, lambda size: None))
+
+
+def test_planning_needs_no_torch():
+    code = "import sys, sd.jobs, sd.images, sd.provenance, sd.download; assert 'torch' not in sys.modules"
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
