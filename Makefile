@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 
 PROMPT ?= a red apple
 OUT ?= output.png
-STEPS ?= 50
+STEPS ?= 25
+SAMPLER ?= ddim
 SEED ?=
 CKPT ?=
 ARGS ?=
@@ -15,7 +16,7 @@ export PROMPT OUT
 .PHONY: image test test-full lint format bench clean
 
 image: $(VENV)/.installed
-	@$(BIN)/python sd/inference.py --prompt "$$PROMPT" --steps $(STEPS) --out "$$OUT" \
+	@$(BIN)/python sd/inference.py --prompt "$$PROMPT" --steps $(STEPS) --sampler $(SAMPLER) --out "$$OUT" \
 	    $(if $(SEED),--seed $(SEED)) $(if $(CKPT),--ckpt "$(CKPT)") $(ARGS)
 
 test: $(VENV)/.installed-dev
@@ -27,6 +28,9 @@ test-full: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python bench/ladder.py --device cpu --size 256 --steps 2 --fidelity-steps 20 --pairs 3 --opts exact --out out/bench
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

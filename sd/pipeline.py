@@ -33,6 +33,10 @@ GET_WEIGHTS = (
     "no weights: run `python sd/download.py`, which fetches SD 1.5 into data/ (4.3 GB), "
     "or name a Stable Diffusion 1.x checkpoint with --ckpt or SD_CKPT"
 )
+DEMO_NOTICE = (
+    "demo model: 128x128 drawings of some 1,100 things, in colours and on backgrounds ('a blue fox on a yellow "
+    "background'); for Stable Diffusion 1.5 run python sd/download.py (4.3 GB)"
+)
 
 
 def find_checkpoint() -> Path:
@@ -87,7 +91,10 @@ class StableDiffusion:
         """
         device = torch.device(device) if device is not None else default_device()
         dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-        config, clip, unet, vae = model_loader.load(ckpt or find_checkpoint(), ema=ema, device=device, dtype=dtype)
+        path = Path(ckpt or find_checkpoint())
+        if path == DEMO_CHECKPOINT:
+            log.info(DEMO_NOTICE)
+        config, clip, unet, vae = model_loader.load(path, ema=ema, device=device, dtype=dtype)
         return cls(config, clip, unet, vae)
 
     def save(self, path: str | os.PathLike) -> None:
