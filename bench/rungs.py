@@ -1,0 +1,100 @@
+"""The rows of a ladder and what is held constant over them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sd import optimize
+
+KNOBS = ("steps", "sampler")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rung: its name in the table, and everything that is on.
+
+    `names` are optimizations of sd.optimize and the ladder's own knobs, `steps=N` and `sampler=NAME`.
+    """
+
+    label: str
+    names: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return ",".join(self.names) or "none"
+
+    @property
+    def optimizations(self) -> list[str]:
+        return [name for name in self.names if _family(name) not in KNOBS]
+
+    def knob(self, knob: str, default: str | int) -> str:
+        return next((name.partition("=")[2] for name in self.names if _family(name) == knob), str(default))
+
+    @property
+    def exact(self) -> bool:
+        entries = [optimize.REGISTRY.get(_family(name)) for name in self.names]
+        return all(entry is not None and entry.exact for entry in entries)
+
+
+NAIVE = Row("naive", ("naive",))
+PLAIN = Row("sdpa")
+RERUN = Row("plain, drawn again", ("rerun",))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is held constant over the rows of one table."""
+
+    device: torch.device
+    dtype: torch.dtype
+    weights: str
+    size: int
+    steps: int
+    batch: int
+    sampler: str
+    pairs: int
+    trained: str | None
+    fidelity_steps: int
+
+    def speed_columns(self) -> dict[str, str | int]:
+        weights = Path(self.weights).name
+        return {
+            "weights": weights,
+            "size": self.size,
+            "steps": self.steps,
+            "batch": self.batch,
+            "sampler": self.sampler,
+        }
+
+    def fidelity_columns(self) -> dict[str, str | int]:
+        trained = Path(self.trained or "").name
+        return {"trained": trained, "fidelity_steps": self.fidelity_steps, "sampler": self.sampler}
+
+
+def rows_of(base: Sequence[str], names: Sequence[str], mode: str) -> list[Row]:
+    """The rungs of a ladder, from row 0 on. `base` is on in every row after row 1."""
+    base = tuple(base)
+    rows = [NAIVE, PLAIN]
+    if base:
+        rows.append(Row("base", base))
+    if mode == "cumulative":
+        rows += [Row(f"+ {name}", (*base, *names[: i + 1])) for i, name in enumerate(names)]
+    elif mode == "alone":
+        rows += [Row(f"+ {name}", (*base, name)) for name in names]
+    else:
+        rows.append(Row("all", (*base, *names)))
+        rows += [Row(f"- {name}", (*base, *(n for n in names if n != name))) for name in names]
+    return rows
+
+
+def parse_names(text: str, device: torch.device) -> list[str]:
+    """Optimizations, presets and knobs, in the order given. Raises optimize.OptimizationError."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    parsed = ([word] if _family(word) in KNOBS else optimize.parse(word, device) for word in words)
+    return [name for names in parsed for name in names]
+
+
+def _family(name: str) -> str:
+    return name.partition("=")[0]

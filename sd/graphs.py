@@ -1,0 +1,232 @@
+"""CUDA graphs: the kernels of a call are recorded once and launched together, so that the host no longer holds them up.
+
+A graph reads its inputs and the weights from where they were when it was recorded. So inputs are copied to their place
+before each replay, weights written to in place are seen, and one that was replaced makes the graphs be recorded again.
+"""
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sd.cache import address, refresh_all
+from sd.samplers import SAMPLERS, PictureNoise
+
+if TYPE_CHECKING:
+    from sd.pipeline import StableDiffusion
+
+MAX_GRAPHS = 16  # a module; the oldest goes
+WARM_UP_CALLS = 2  # libraries choose algorithms, allocate workspaces and compile in these
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a capture leaves: write to `inputs`, call `replay`, read `output`."""
+
+    inputs: tuple[Tensor, ...]
+    replay: Callable[[], None]
+    output: Any
+
+
+Capture = Callable[[Callable, Sequence[Tensor]], Recording]
+
+
+class HostConstants(TorchFunctionMode):
+    """Within this, torch.tensor of the same numbers gives the tensor of the first time.
+
+    Samplers copy their timesteps to the device, which cannot be recorded: the warm-up copies them, the capture finds
+    them here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[str, Tensor] = {}
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not torch.tensor:
+            return function(*args, **kwargs)
+        key = repr((args, kwargs))
+        if key not in self.made:
+            self.made[key] = function(*args, **kwargs)
+        return self.made[key]
+
+
+def record(function: Callable, inputs: Sequence[Tensor], pool: Any = None) -> Recording:
+    """Capture function(*inputs) as a CUDA graph, after calls that warm it up on a stream of their own."""
+    places = tuple(t.clone() for t in inputs)
+    constants = HostConstants()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), constants:
+        for _ in range(WARM_UP_CALLS):
+            function(*places)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with constants, torch.cuda.graph(graph, pool=pool):
+        output = function(*places)
+    return Recording(places, Replay(graph, constants), output)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Runs a graph, and keeps what it reads alive."""
+
+    graph: Any
+    constants: HostConstants
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def addresses(module: nn.Module) -> tuple[int, ...]:
+    return tuple(address(p) for p in module.parameters())
+
+
+@dataclass
+class Recordings:
+    """The graphs of one function that reads the weights of `module`, by what else they depend on."""
+
+    module: nn.Module
+    capture: Capture
+    captures: int = 0
+    kept: dict[Hashable, Recording] = field(default_factory=dict)
+    weights: tuple[int, ...] = ()
+
+    def get(self, key: Hashable, function: Callable, inputs: Sequence[Tensor]) -> Recording:
+        """The recording for this key, made now if there is none or if a weight has moved."""
+        weights = addresses(self.module)
+        if weights != self.weights:
+            self.kept.clear()
+            self.weights = weights
+        if key not in self.kept:
+            if len(self.kept) >= MAX_GRAPHS:
+                self.kept.pop(next(iter(self.kept)))
+            self.kept[key] = self.capture(function, inputs)
+            self.captures += 1
+        return self.kept[key]
+
+
+def _shapes(tensors: Sequence[Tensor]) -> tuple:
+    return tuple((t.shape, t.dtype, t.stride()) for t in tensors)
+
+
+class Graphed:
+    """A function of tensors as a CUDA graph for each shape; what it returns is the caller's own.
+
+    state() is whatever else decides what the function does, such as the phase of a cache.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        module: nn.Module,
+        state: Callable[[], Hashable] = lambda: None,
+        capture: Capture = record,
+    ):
+        self.function = function
+        self.state = state
+        self.recordings = Recordings(module, capture)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        recording = self.recordings.get((_shapes(inputs), self.state()), self.function, inputs)
+        for place, value in zip(recording.inputs, inputs, strict=True):
+            place.copy_(value)
+        recording.replay()
+        return recording.output.clone()
+
+
+# ---- noise without waiting
+
+
+class AsyncNoise:
+    """A PictureNoise that copies to the device from pinned memory: the host draws the next while the device works."""
+
+    def __init__(self, noise: PictureNoise):
+        self.on_host = copy.copy(noise)  # shares the generators
+        self.on_host.device = torch.device("cpu")
+        self.device, self.dtype = noise.device, noise.dtype
+
+    def __call__(self) -> Tensor:
+        return self._pinned(self.on_host()).to(self.device, non_blocking=True)
+
+    def draw(self, count: int, like: Tensor) -> Tensor:
+        """The next `count` draws, copied at once: [count, B, C, H, W]. `like` has the shape of one, for none at all."""
+        if count == 0:
+            return like.new_empty(0, *like.shape)
+        return self._pinned(torch.stack([self.on_host() for _ in range(count)])).to(self.device, non_blocking=True)
+
+    def _pinned(self, noise: Tensor) -> Tensor:
+        return noise.pin_memory() if self.device.type == "cuda" else noise
+
+
+class Drawn:
+    """Noise that was drawn before, handed out in order."""
+
+    def __init__(self, draws: Tensor):
+        self.draws = iter(draws.unbind(0))
+
+    def __call__(self) -> Tensor:
+        return next(self.draws)
+
+
+def count_draws(sampler: str, timesteps: Sequence[int]) -> int:
+    """How often a sampler asks for noise on the way down these timesteps."""
+    count = 0
+
+    def noise() -> Tensor:
+        nonlocal count
+        count += 1
+        return torch.zeros(1, 1, 1, 1)
+
+    for _ in SAMPLERS[sampler](lambda x, t: x, torch.zeros(1, 1, 1, 1), timesteps, noise):
+        pass
+    return count
+
+
+# ---- the whole loop
+
+
+class GraphedLoop:
+    """`pipe.sample` as one CUDA graph: all steps, guidance and the sampler's arithmetic.
+
+    A graph holds for one sampler, list of timesteps, guidance scale and shape. `on_step` is called for all the steps
+    once the picture is done: a graph does not stop to report.
+    """
+
+    def __init__(self, pipe: "StableDiffusion", capture: Capture = record):
+        self.unet = pipe.unet
+        self.sample = pipe.sample
+        self.recordings = Recordings(pipe.unet, capture)
+
+    def __call__(
+        self,
+        x: Tensor,
+        context: Tensor,
+        cfg_scale: float,
+        sampler: str,
+        timesteps: Sequence[int],
+        noise: PictureNoise,
+        on_step: Callable[[int, int, Tensor], None] | None = None,
+    ) -> Tensor:
+        def loop(x: Tensor, context: Tensor, draws: Tensor) -> list[Tensor]:
+            steps: list[Tensor] = []
+            self.sample(x, context, cfg_scale, sampler, timesteps, Drawn(draws), lambda i, n, x: steps.append(x))
+            return steps
+
+        inputs = x, context, AsyncNoise(noise).draw(count_draws(sampler, timesteps), x)
+        key = (_shapes(inputs), cfg_scale, sampler, tuple(timesteps))
+        recording = self.recordings.get(key, loop, inputs)
+        refresh_all(self.unet, context)
+        for place, value in zip(recording.inputs, inputs, strict=True):
+            place.copy_(value)
+        recording.replay()
+        steps = [x.clone() for x in (recording.output if on_step else recording.output[-1:])]
+        if on_step:
+            for i, x in enumerate(steps, start=1):
+                on_step(i, len(timesteps), x)
+        return steps[-1]
