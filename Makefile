@@ -11,6 +11,8 @@ SAMPLER ?= ddim
 SEED ?=
 CKPT ?=
 ARGS ?=
+# As typed: a dollar sign in a prompt is no variable of make's.
+override PROMPT := $(value PROMPT)
 export PROMPT OUT
 
 .PHONY: image test test-full lint format bench clean
