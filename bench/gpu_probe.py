@@ -15,6 +15,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,31 +40,32 @@ TINY = Config(
 PROMPT = "a lighthouse in a storm"
 TIMESTEPS = (981, 501, 1)
 GRAPH = ("cuda-graph", "async-noise")
-LAYOUT = ("channels-last", "cudnn-benchmark")
+LAYOUT = ("channels-last",)
 CACHES = ("packed-qkv", "kv-cache", "time-cache")
-FUSED = ("fused-norm", "fused-layernorm", "fused-geglu")
+FUSED = ("fused-norm", "fused-layernorm", "fused-geglu", "fused-upsample")
 HAND = (*LAYOUT, "pointwise-linear", *CACHES, *FUSED)
-CUDNN_ATTENTION = "attention=cudnn+flash+math"
+AUTO = "attention"
 
 BEST = (*HAND, *GRAPH)
 LADDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("plain", ()),
     ("graph", GRAPH),
-    ("graph, channels-last", ("channels-last", *GRAPH)),
-    ("+ cudnn-benchmark", (*LAYOUT, *GRAPH)),
+    ("+ channels-last", (*LAYOUT, *GRAPH)),
     ("+ pointwise-linear", (*LAYOUT, "pointwise-linear", *GRAPH)),
     ("+ caches", (*LAYOUT, "pointwise-linear", *CACHES, *GRAPH)),
     ("+ fused-norm", (*LAYOUT, "pointwise-linear", *CACHES, "fused-norm", *GRAPH)),
     ("+ fused-layernorm", (*LAYOUT, "pointwise-linear", *CACHES, "fused-norm", "fused-layernorm", *GRAPH)),
-    ("+ fused-geglu", BEST),
-    ("+ cuDNN attention", (*BEST, CUDNN_ATTENTION)),
+    ("+ fused-geglu", (*LAYOUT, "pointwise-linear", *CACHES, *FUSED[:3], *GRAPH)),
+    ("+ fused-upsample", BEST),
+    ("+ attention", (*BEST, AUTO)),
+    ("+ cudnn-benchmark", (*BEST, "cudnn-benchmark")),
     ("loop-graph", (*HAND, "loop-graph")),
     ("no graph", HAND),
 )
 COMPILED: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("compile", ("channels-last", "cudnn-benchmark", *CACHES, "compile", *GRAPH)),
+    ("compile", (*LAYOUT, *CACHES, "compile", *GRAPH)),
     ("compile, fused-norm", (*LAYOUT, "pointwise-linear", *CACHES, "fused-norm", "compile", *GRAPH)),
-    ("compile=unet", ("channels-last", "cudnn-benchmark", *CACHES, "compile=unet", *GRAPH)),
+    ("compile=unet", (*LAYOUT, *CACHES, "compile=unet", *GRAPH)),
 )
 
 
@@ -210,11 +212,19 @@ def build(probe: Probe, names: Sequence[str]) -> StableDiffusion:
 def step_times(pipe: StableDiffusion, probe: Probe) -> dict[str, float]:
     """Milliseconds of a UNet call at batch 2, and of a decode; seconds until the first call is done."""
     first = common.timed(lambda: pipe.unet(probe.x, probe.timesteps[0], probe.context), probe.device)
+    call = lambda: pipe.unet(probe.x, probe.timesteps[1], probe.context)  # noqa: E731
     return {
         "first_s": first,
-        "step_ms": milliseconds(lambda: pipe.unet(probe.x, probe.timesteps[1], probe.context), probe.device),
+        "step_ms": milliseconds(call, probe.device),
+        "sustained_ms": sustained(call, probe),
         "decode_ms": milliseconds(lambda: pipe.vae.decode(probe.latents), probe.device, repeats=7, warm_up=2),
     }
+
+
+def sustained(call: Callable[[], object], probe: Probe) -> float:
+    """Milliseconds of a call among as many as a picture has: a GPU lowers its clock under load."""
+    calls = 2 * probe.steps
+    return 1e3 / calls * common.timed(lambda: [call() for _ in range(calls)], probe.device)
 
 
 def picture_times(pipe: StableDiffusion, probe: Probe, sampler: str, repeats: int = 5) -> dict[str, float]:
@@ -239,8 +249,8 @@ def measure(probe: Probe, reference: Reference, section: str, label: str, names:
 
 
 def best_first(probe: Probe, reference: Reference) -> None:
-    """The hand-built path, with either attention, and its profile."""
-    for label, names in (("hand", BEST), ("hand, cuDNN attention", (*BEST, CUDNN_ATTENTION))):
+    """The hand-built path, with PyTorch's choice of attention and with ours, and its profile."""
+    for label, names in (("hand", BEST), ("hand, attention", (*BEST, AUTO))):
         names = possible(probe, names)
         probe.guarded("best", label, lambda label=label, names=names: measure(probe, reference, "best", label, names))
         probe.guarded("best", "profile", lambda label=label, names=names: profile(probe, label, names))
@@ -274,8 +284,7 @@ def compiler_report(probe: Probe, label: str, names: Sequence[str]) -> None:
 def possible(probe: Probe, names: Sequence[str]) -> list[str]:
     """Without those that this device cannot run, so that the script can be tried on a CPU."""
     entries = {name: optimize.REGISTRY[name.partition("=")[0]] for name in names}
-    runs = [name for name, entry in entries.items() if optimize.NEEDS[entry.needs](probe.plain)]
-    return [name for name in runs if probe.cuda or name != CUDNN_ATTENTION]
+    return [name for name, entry in entries.items() if optimize.NEEDS[entry.needs](probe.plain)]
 
 
 # ---- sections: what a step consists of
@@ -404,11 +413,25 @@ def convolution(probe: Probe, op: Operation, count: int) -> None:
 
 @torch.inference_mode()
 def linears(probe: Probe, reference: Reference) -> None:
+    """With and without the bias, as a 1x1 convolution without one, and added to what is there."""
     for op, count in of_kind(probe, "linear"):
-        x, w, b = randn(probe, *op.shape), randn(probe, op.out, op.shape[-1]), randn(probe, op.out)
-        us = microseconds(lambda x=x, w=w, b=b: F.linear(x, w, b), probe.device)
-        row = {"shape": op.shape, "out": op.out, "count": count, "us": us}
-        probe.keep("linear", {**row, "tflops": 2 * x.numel() * op.out / us / 1e6, "step_us": count * us})
+        probe.guarded("linear", str(op), lambda op=op, count=count: linear(probe, op, count), 1)
+
+
+def linear(probe: Probe, op: Operation, count: int) -> None:
+    x, w, b = randn(probe, *op.shape).flatten(0, -2), randn(probe, op.out, op.shape[-1]), randn(probe, op.out)
+    grid, kernel = x[None, :, None].permute(0, 3, 1, 2), w[:, :, None, None]
+    total = randn(probe, x.shape[0], op.out)
+    ways = {
+        "bias": lambda: F.linear(x, w, b),
+        "plain": lambda: F.linear(x, w),
+        "conv": lambda: F.conv2d(grid, kernel),
+        "added": lambda: total.addmm_(x, w.t()),
+    }
+    times = {f"{way}_us": microseconds(run, probe.device) for way, run in ways.items()}
+    flops = 2 * x.numel() * op.out
+    row = {"shape": op.shape, "out": op.out, "count": count, **times, "tflops": flops / times["plain_us"] / 1e6}
+    probe.keep("linear", {**row, "step_us": count * times["plain_us"]})
 
 
 @torch.inference_mode()
@@ -456,24 +479,43 @@ def one_attention(probe: Probe, label: str, shape: tuple[int, int, int, int, int
 
 @torch.inference_mode()
 def norms(probe: Probe, reference: Reference) -> None:
-    """GroupNorm + SiLU: PyTorch's kernels, the two ways of ours; microseconds and bytes read and written once."""
+    """GroupNorm + SiLU: PyTorch's kernels, and both ways of ours with several sizes of program."""
+    for op, count in of_kind(probe, "group_norm"):
+        probe.guarded("norm", str(op), lambda op=op, count=count: one_norm(probe, op, count), 2)
+
+
+def one_norm(probe: Probe, op: Operation, count: int) -> None:
     from sd import kernels
 
-    for op, count in of_kind(probe, "group_norm"):
-        batch, channels, *_ = op.shape
-        x = randn(probe, *op.shape).contiguous(memory_format=torch.channels_last)
-        norm = nn.GroupNorm(probe.config.unet.norm_groups, channels, device=probe.device, dtype=probe.dtype)
-        row: dict[str, Any] = {"shape": op.shape, "count": count}
-        ways = {"eager": lambda x=x, norm=norm: F.silu(norm(x))}
-        for way in ("whole", "split"):
-            function = getattr(kernels, f"_group_norm_{way}")
-            ways[way] = lambda f=function, x=x, norm=norm: f(x, norm, True, None, None)
-        for way, run in ways.items():
-            if way == "whole" and x.numel() // batch // 32 > 131072:
-                continue
-            row[f"{way}_us"] = microseconds(run, probe.device)
-        fastest = min(row[f"{way}_us"] for way in ("whole", "split") if f"{way}_us" in row)
-        probe.keep("norm", {**row, "gb_s": 2 * x.nbytes / fastest / 1e3, "step_us": count * fastest})
+    batch, channels, *_ = op.shape
+    x = randn(probe, *op.shape).contiguous(memory_format=torch.channels_last)
+    norm = nn.GroupNorm(probe.config.unet.norm_groups, channels, device=probe.device, dtype=probe.dtype)
+    row: dict[str, Any] = {
+        "shape": op.shape,
+        "count": count,
+        "eager_us": microseconds(lambda: F.silu(norm(x)), probe.device),
+    }
+    for warps in (4, 8, 16, 32):
+        if x.numel() // batch // norm.num_groups <= 1024 * warps * 4:
+            with patched(kernels, "_warps", lambda elements, warps=warps: warps):
+                run = lambda: kernels._group_norm_whole(x, norm, True, None, None)  # noqa: E731
+                row[f"whole{warps}_us"] = microseconds(run, probe.device)
+    for rows in (32, 64, 128):
+        with patched(kernels, "MOMENTS_TILE", {"BLOCK_L": rows, "BLOCK_C": 64}):
+            run = lambda: kernels._group_norm_split(x, norm, True, None, None)  # noqa: E731
+            row[f"split{rows}_us"] = microseconds(run, probe.device)
+    fastest = min(value for key, value in row.items() if key.startswith(("whole", "split")))
+    probe.keep("norm", {**row, "gb_s": 2 * x.nbytes / fastest / 1e3, "step_us": count * fastest})
+
+
+@contextmanager
+def patched(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 @torch.inference_mode()
@@ -489,14 +531,25 @@ def pointwise(probe: Probe, reference: Reference) -> None:
         norm = nn.LayerNorm(channels, device=probe.device, dtype=probe.dtype)
         times = {
             "add_norm_eager": lambda x=x, d=delta, norm=norm: norm(x + d),
-            "add_norm_ours": lambda x=x, d=delta, norm=norm: kernels.add_layer_norm(x, d, norm),
+            "add_norm_ours": lambda x=x, d=delta, norm=norm: kernels.add_layer_norm(x, norm, d),
             "geglu_eager": lambda w=wide: w.chunk(2, dim=-1)[0] * F.gelu(w.chunk(2, dim=-1)[1]),
             "geglu_ours": lambda w=wide: kernels.geglu(w),
+            **{f"geglu_{m}x{c}": tiled_geglu(wide, m, c) for m, c in ((4, 256), (16, 128), (4, 512), (16, 256))},
         }
         row: dict[str, Any] = {"shape": op.shape, "count": count}
         row |= {f"{name}_us": microseconds(run, probe.device) for name, run in times.items()}
         row["add_norm_gb_s"] = 4 * x.nbytes / row["add_norm_ours_us"] / 1e3
         probe.keep("pointwise", {**row, "geglu_gb_s": 1.5 * wide.nbytes / row["geglu_ours_us"] / 1e3})
+
+
+def tiled_geglu(x: Tensor, rows: int, columns: int) -> Callable[[], Tensor]:
+    from sd import kernels
+
+    def run() -> Tensor:
+        with patched(kernels, "GEGLU_TILE", {"BLOCK_M": rows, "BLOCK_C": columns}):
+            return kernels.geglu(x)
+
+    return run
 
 
 def ceilings(probe: Probe, reference: Reference) -> None:

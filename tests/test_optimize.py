@@ -1,6 +1,7 @@
 """Optimizations on small models: exact ones change nothing, caches notice what changes, wrong choices are refused."""
 
 import itertools
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import TINY, random_models
+from checkpoints import TINY, random_models, tiny_config
 from torch import Tensor, nn
 
-from sd import cache, graphs, optimize, tiling
+from sd import cache, graphs, onednn, optimize, tiling
 from sd.attention import Chip, backend_for
 from sd.ddpm import spaced_timesteps
 from sd.model_loader import build
@@ -582,3 +583,69 @@ def test_staged_unet_is_the_plain_one_to_the_bit(make):
     staged, plain, given = make(), make(), inputs()
     staged.unet.__class__ = cache.StagedUNet
     assert torch.equal(staged.unet(*given), plain.unet(*given))
+
+
+# ---- compilation
+
+ONE_LEVEL = tiny_config(
+    unet={"channel_mult": (1,), "attention_levels": (0,)}, vae={"ch_mult": (1,)}, image_size=8, name="one level"
+)  # 4 graphs to compile
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+def test_compile(tokenizer, tmp_path, monkeypatch):
+    """The same pictures; and once one is drawn, no graph break and no recompilation for anything but another shape."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    models = random_models(ONE_LEVEL)
+    fast, plain = (StableDiffusion(ONE_LEVEL, *map(fresh, build(ONE_LEVEL), models), tokenizer) for _ in range(2))
+    optimize.apply(fast, ["compile", "kv-cache", "time-cache", "packed-qkv"])
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    graphs_of_the_first = None
+    for changes in ({}, {"seed": 9}, {"prompt": "a dog"}, {"cfg_scale": 2.0}, {"steps": 5}, {"sampler": "ddim"}):
+        draw = {"prompt": "a cat", "steps": 3, "seed": 1, **changes}
+        assert np.abs(pixels(fast.generate(**draw)) - pixels(plain.generate(**draw))).max() <= 1
+        graphs_of_the_first = graphs_of_the_first or counters["stats"]["unique_graphs"]
+        assert counters["stats"]["unique_graphs"] == graphs_of_the_first, changes
+    assert not counters["graph_break"]
+    assert fast.times["compile"] == 0
+    assert optimize.compile_seconds() > 0
+    assert list(fast.unet.state_dict()) == list(plain.unet.state_dict())
+
+
+# ---- oneDNN's layout
+
+
+@pytest.fixture
+def few_weights(monkeypatch):
+    monkeypatch.setattr(onednn, "MIN_WEIGHTS", 0)
+
+
+@pytest.mark.skipif(not onednn.available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("others", [[], list(EXACT_ON_CPU)], ids=["alone", "with the rest"])
+@torch.inference_mode()
+def test_prepacked(make, few_weights, others):
+    fast = make("prepacked", *others)
+    assert any(isinstance(m, onednn.PrepackedConv) for m in fast.unet.modules())
+    assert any(isinstance(m, onednn.PrepackedLinear) for m in fast.unet.modules())
+    assert_same(fast, make(), 1e-5)
+
+
+@pytest.mark.skipif(not onednn.available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("change", [change_in_place, replace, load])
+@torch.no_grad()
+def test_prepacked_sees_changed_weights(make, few_weights, change):
+    fast, plain, given = make("prepacked"), make(), inputs()
+    fast.unet(*given)
+    change(fast.unet)
+    change(plain.unet)
+    assert error(fast.unet(*given), plain.unet(*given)) < 1e-5
+
+
+@pytest.mark.skipif(not onednn.available(), reason="this PyTorch has no oneDNN")
+def test_prepacked_takes_large_layers_only(make):
+    assert not any(
+        isinstance(m, (onednn.PrepackedConv, onednn.PrepackedLinear)) for m in make("prepacked").unet.modules()
+    )
