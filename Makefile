@@ -22,8 +22,8 @@ image: $(VENV)/.installed
 	    $(if $(SEED),--seed $(SEED)) $(if $(CKPT),--ckpt "$(CKPT)") $(ARGS)
 
 test: $(VENV)/.installed-dev
-	# Small models: a second thread would only wait for the first.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full"
+	# Small models: two processes of one thread each; a second thread would only wait for the first.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile
 
 test-full: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m full -rs
