@@ -14,7 +14,7 @@ from sd.pipeline import StableDiffusion
 from tests import oracles
 from tests.checkpoints import random_models, write_ckpt
 from tests.oracles import relative_error
-from tests.test_pipeline import detailed, differ, diffusers_pipeline
+from tests.test_pipeline import assert_image_to_image_matches, detailed, differ, diffusers_pipeline, smooth_noise
 
 pytestmark = pytest.mark.full
 
@@ -90,6 +90,11 @@ def test_pipeline(pipe):
     ).images[0]
     assert detailed(ours)
     assert differ(ours, theirs) <= 1
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(100, 0.01), (4, 0.5), (2, 1.0)])
+def test_image_to_image(pipe, steps, strength):
+    assert_image_to_image_matches(pipe, oracles.ddpm_scheduler(), smooth_noise(256, 256), steps, strength)
 
 
 def test_command_line_from_a_ckpt(ckpt, tmp_path):
