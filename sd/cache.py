@@ -3,6 +3,7 @@
     packed-qkv     one matrix for the projections that share an input      exact
     kv-cache       keys and values of the text, once a prompt              exact
     time-cache     embeddings of the timesteps, once a model               exact
+    shared-halves  what precedes the text, once for both guidance halves   exact
     deepcache      features of the deep levels, once every N steps         approximate
 
 What is derived from weights or from the text lives in memory that stays where it is, and is brought up to date before
@@ -10,7 +11,7 @@ each call of the UNet: outside of anything compiled or captured, so that both se
 Axes: B batch, C channels, S text tokens, N heads, D head size, E all channels that residual blocks add a timestep to.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from sd.attention import merge_heads, split_heads
 from sd.ddpm import TRAIN_STEPS
-from sd.unet import CrossAttention, ResBlock, UNet, timestep_embedding
+from sd.unet import CrossAttention, ResBlock, SpatialTransformer, UNet, timestep_embedding
 
 
 def address(tensor: Tensor) -> int:
@@ -262,6 +263,49 @@ def cache_times(unet: UNet) -> None:
         layers.start, layers.stop = start, start + layers[1].out_features
         start = layers.stop
     refresh_before_calls(unet, table.refresh)
+
+
+# ---- what the two halves of guidance have in common
+
+
+class SharedHalves:
+    """Both halves of guidance see the same latents, and differ only from the first cross-attention on.
+
+    Up to there each module runs on the first half of the batch, and its result stands for both. `alike` says whether
+    the halves of the next call are alike: whoever doubles the latents sets it.
+    """
+
+    def __init__(self) -> None:
+        self.alike = False
+
+    def share(self, module: nn.Module) -> None:
+        """All inputs of this module must have the batch as their first axis, or one row for all of it."""
+        module.forward = self._shared(module.forward)
+
+    def _shared(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def on_one_half(*inputs: Tensor) -> Tensor:
+            if not self.alike:
+                return forward(*inputs)
+            y = forward(*(x[: max(1, x.shape[0] // 2)] for x in inputs))
+            return torch.cat([y, y])
+
+        return on_one_half
+
+
+def share_halves(unet: UNet) -> SharedHalves:
+    unet.halves = SharedHalves()
+    for module in _before_the_text(unet):
+        unet.halves.share(module)
+    return unet.halves
+
+
+def _before_the_text(unet: UNet) -> Iterator[nn.Module]:
+    """The layers before the first transformer, and its first self-attention."""
+    for layer in (layer for block in unet.input_blocks for layer in block):
+        if isinstance(layer, SpatialTransformer):
+            yield layer.transformer_blocks[0].attn1
+            return
+        yield layer
 
 
 # ---- features of the deep levels

@@ -355,6 +355,29 @@ def _quantization(function: str) -> Callable[[Pipe], None]:
 # ---- fewer passes
 
 
+def shared_halves(pipe: Pipe) -> None:
+    """Both halves of guidance see the same latents: up to the first text, one half is computed for both. Exact.
+
+    Helps: saves the first residual block and the first, largest self-attention of one half, 2% of a step's arithmetic.
+    Hurts: nothing known; without guidance it does nothing.
+    """
+    from sd.cache import share_halves
+
+    halves = share_halves(pipe.unet)
+
+    def sampling(sample: Callable) -> Callable:
+        def sample_sharing(x, context, cfg_scale, *others, **options):
+            halves.alike = cfg_scale != 1
+            try:
+                return sample(x, context, cfg_scale, *others, **options)
+            finally:
+                halves.alike = False
+
+        return sample_sharing
+
+    _wrap(pipe, "sample", sampling)
+
+
 def deepcache(pipe: Pipe, interval: int = 3) -> None:
     """The deep levels of the UNet at every N-th step only; in between, their last features serve again. Approximate.
 
@@ -378,6 +401,7 @@ class GuidanceInterval:
         self.progress = Progress(pipe)
         self.context: Tensor | None = None
         self.unet = pipe.unet
+        self.halves = getattr(pipe.unet, "halves", None)
         self.others = list(getattr(pipe.unet, "refreshers", ()))
         refresh_before_calls(pipe.unet, self._halve)
         _wrap(pipe.unet, "forward", self._forward)
@@ -395,10 +419,20 @@ class GuidanceInterval:
             inside = self.low <= self.progress.step / self.progress.steps < self.high
             if inside or not self.progress.guided:
                 return predict(x, t, context)
-            eps = predict(x.chunk(2)[1], t, self.conditional)
+            with self._no_halves():
+                eps = predict(x.chunk(2)[1], t, self.conditional)
             return torch.cat([eps, eps])
 
         return forward
+
+    @contextmanager
+    def _no_halves(self) -> Iterator[None]:
+        """Tell shared-halves that this batch is not two halves alike."""
+        if self.halves:
+            self.halves.alike = False
+        yield
+        if self.halves:
+            self.halves.alike = True
 
 
 def guidance_interval(pipe: Pipe, interval: tuple[float, float] = (0.0, 0.6)) -> None:
@@ -503,8 +537,9 @@ def cuda_graph(pipe: Pipe) -> None:
     """
     from sd.graphs import Graphed
 
-    deep = getattr(pipe.unet, "deep", None)
-    pipe.unet.forward = Graphed(pipe.unet.forward, pipe.unet, state=lambda: deep.reuse if deep else None)
+    deep, halves = getattr(pipe.unet, "deep", None), getattr(pipe.unet, "halves", None)
+    state = lambda: (deep and deep.reuse, halves and halves.alike)  # noqa: E731
+    pipe.unet.forward = Graphed(pipe.unet.forward, pipe.unet, state=state)
     _graph_text_and_vae(pipe)
 
 
@@ -657,6 +692,9 @@ _ALL = (
     Optimization("fused-layernorm", True, SM80, fused_layernorm, "residual and LayerNorm in one kernel"),
     Optimization("fused-geglu", True, SM80, fused_geglu, "GEGLU's gate in one kernel"),
     Optimization("fused-upsample", True, SM80, fused_upsample, "upsampling at the memory's speed"),
+    Optimization(
+        "shared-halves", True, ANYTHING, shared_halves, "what precedes the text once for both guidance halves"
+    ),
     Optimization(
         "deepcache",
         False,

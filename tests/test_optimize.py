@@ -23,7 +23,16 @@ from sd.samplers import PictureNoise
 from sd.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
-EXACT_ON_CPU = ("attention", "channels-last", "pointwise-linear", "packed-qkv", "kv-cache", "time-cache", "async-noise")
+EXACT_ON_CPU = (
+    "attention",
+    "channels-last",
+    "pointwise-linear",
+    "packed-qkv",
+    "kv-cache",
+    "time-cache",
+    "shared-halves",
+    "async-noise",
+)
 DRAW = {"steps": 4, "height": 64, "width": 64, "seed": 3}
 
 
@@ -400,7 +409,7 @@ def test_guidance_interval_halves_the_batch_outside(make):
     assert calls_in_picture(pipe, pipe.unet.middle_block, steps=4) == [2, 2, 1, 1]
 
 
-@pytest.mark.parametrize("others", [[], ["kv-cache", "time-cache", "packed-qkv"]], ids=str)
+@pytest.mark.parametrize("others", [[], ["kv-cache", "time-cache", "packed-qkv", "shared-halves"]], ids=str)
 def test_guidance_interval_outside_is_the_conditional_half(make, others):
     late = make("guidance-interval=0.99-1.0", *others).generate(["a cat", "a dog"], **DRAW)
     unguided = make().generate(["a cat", "a dog"], **{**DRAW, "cfg_scale": 1})
@@ -411,6 +420,43 @@ def test_guidance_interval_leaves_unguided_pictures_alone(make):
     draw = {**DRAW, "cfg_scale": 1}
     a, b = (pixels(make(*names).generate("a cat", **draw)) for names in (["guidance-interval=0.0-0.5"], []))
     assert np.array_equal(a, b)
+
+
+# ---- what both halves of guidance share
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(7.5, [2, 2, 4, 4]), (1, [2, 2, 2, 2])])
+def test_shared_halves_compute_what_precedes_the_text_once(make, scale, rows):
+    """Two pictures: half of the batch of 4 up to the first self-attention, all of it after; without guidance all."""
+    pipe, seen = make("shared-halves"), []
+    first = pipe.unet.input_blocks[1][1].transformer_blocks[0]
+    projection = pipe.unet.input_blocks[1][0].in_layers[2], first.attn1.to_q, first.attn2.to_q, first.ff.net[2]
+    for module in projection:
+        module.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    pipe.generate(["a cat", "a dog"], **{**DRAW, "steps": 1, "cfg_scale": scale})
+    assert seen == rows
+
+
+def test_shared_halves_leave_other_calls_of_the_unet_alone(make):
+    pipe, plain = make("shared-halves"), make()
+    pipe.generate("a cat", **DRAW)
+    assert torch.equal(pipe.unet(*inputs()), plain.unet(*inputs()))
+
+
+def test_shared_halves_with_a_guidance_interval(make):
+    names = ["guidance-interval=0.0-0.5"]
+    a, b = (pixels(make(*names, *more).generate(["a cat", "a dog"], **DRAW)) for more in ([], ["shared-halves"]))
+    assert np.abs(a - b).max() <= 1
+
+
+def test_graphs_with_shared_halves_tell_guided_calls_from_others(make):
+    """A picture with guidance and two without have inputs of the same shape."""
+    pipe, plain = make("shared-halves"), make()
+    state = lambda: pipe.unet.halves.alike  # noqa: E731
+    pipe.unet.forward = graphs.Graphed(pipe.unet.forward, pipe.unet, state=state, capture=stand_in)
+    for prompt, scale in (("a cat", 7.5), (["a cat", "a dog"], 1), ("a cat", 7.5)):
+        draw = {**DRAW, "cfg_scale": scale}
+        assert np.abs(pixels(pipe.generate(prompt, **draw)) - pixels(plain.generate(prompt, **draw))).max() <= 1
 
 
 # ---- noise
