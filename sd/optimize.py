@@ -635,6 +635,13 @@ GAINS = {
     "int8-weights": "none: 0.5 to 1.1 of plain speed on a CPU; UNet weights 3438 to 2629 MB",
 }
 _WEIGHTS_CHANGE = ("packed-qkv",)
+QUANTIZED = {
+    "int8_weight_only": "int8-weights",
+    "int8_dynamic": "int8-dynamic",
+    "float8": "float8",
+    "int8_static": "int8-static",
+}
+"""The schemes of sd.quantize by their names here."""
 
 _ALL = (
     Optimization("naive", True, ANYTHING, naive, "attention spelled out: the reference", ("attention",)),
@@ -819,14 +826,25 @@ def apply(pipe: Pipe, names: Sequence[str]) -> list[str]:
     for name, (optimization, _) in read.items():
         if not NEEDS[optimization.needs](pipe):
             raise OptimizationError(f"{name} needs {optimization.needs}; this is {_here(pipe)}")
-        if other := next((other for other in optimization.conflicts if other in items), None):
-            raise OptimizationError(f"{name} and {other} cannot be combined")
+    _check_conflicts([*items, *_loaded_quantized(pipe)])
     order = [name for name in REGISTRY if name in items]
     for name in order:
         optimization, arguments = read[name]
         optimization.apply(pipe, *arguments)
     pipe.optimizations = [items[name] for name in order]
     return pipe.optimizations
+
+
+def _check_conflicts(names: Sequence[str]) -> None:
+    for name in names:
+        if other := next((other for other in REGISTRY[name].conflicts if other in names), None):
+            raise OptimizationError(f"{name} and {other} cannot be combined")
+
+
+def _loaded_quantized(pipe: Pipe) -> list[str]:
+    """The optimization that a pipeline whose quantized layers came from a file has already."""
+    done = getattr(pipe.unet, "quantization", None)
+    return [QUANTIZED[done.scheme]] if done else []
 
 
 def _here(pipe: Pipe) -> str:

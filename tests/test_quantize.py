@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
 from bench import common, sensitivity
-from sd import quantize
+from sd import optimize, quantize
+from sd.optimize import OptimizationError
 from sd.pipeline import StableDiffusion
 from sd.samplers import PictureNoise
 from sd.unet import CrossAttention, FeedForward
@@ -416,6 +417,14 @@ def test_loaded_model_can_be_saved_again(tmp_path):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert {first[name].dtype for name in first if name.endswith(".weight")} == {torch.int8}
+
+
+def test_what_cannot_stand_beside_quantized_layers_cannot_beside_loaded_ones(saved):
+    pipe = tiny_pipe()
+    quantize.load_quantized(pipe, saved)
+    with pytest.raises(OptimizationError, match="int8-static and kv-cache cannot be combined"):
+        optimize.apply(pipe, ["channels-last", "kv-cache"])
+    assert optimize.apply(pipe, ["channels-last"]) == ["channels-last"]
 
 
 def test_plain_pipeline_has_nothing_to_save(tmp_path):
