@@ -10,8 +10,8 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PARTS=(check ladder compiled diffusers batch8 fidelity quantized roofline approximate quantized-compiled leave-one-out
-    max-autotune)
+PARTS=(check ladder compiled diffusers batch8 candidates fidelity quantized roofline approximate quantized-compiled
+    leave-one-out max-autotune)
 [[ -x .venv/bin/python ]] && default=.venv/bin/python || default=python3
 PYTHON=${PYTHON:-$default}
 PART_SECONDS=${PART_SECONDS:-480}
@@ -60,6 +60,9 @@ run_part() {
             --without fused-norm,fused-layernorm,fused-geglu --opts compile,compile=unet,loop-graph ;;
         diffusers) versus_diffusers ;;
         batch8) ladder --name batch8 --measure speed --opts exact --batch 8 --pairs 3 ;;
+        # Exact ones that are not in the preset: measured here, they may join it.
+        candidates) ladder --name candidates --measure speed --mode alone --base exact \
+            --opts shared-halves,cudnn-benchmark ;;
         fidelity) ladder --name ladder --opts exact ;;
         quantized) ladder --name quantized --mode alone --base exact --without packed-qkv \
             --opts int8-weights,int8-dynamic,float8 ;;

@@ -225,3 +225,16 @@ def test_models(names):
         assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True))
     assert error(fast.vae.decode(latents), plain.vae.decode(latents)) < 1e-5
     assert list(fast.unet.state_dict()) == list(plain.unet.state_dict())
+
+
+@interpreted
+@torch.inference_mode()
+def test_models_whose_guidance_halves_share_what_precedes_the_text():
+    from sd import optimize
+    from sd.pipeline import StableDiffusion
+
+    plain, fast = (StableDiffusion(SMALL, *random_models(SMALL)) for _ in range(2))
+    optimize.apply(fast, ["channels-last", "pointwise-linear", "time-cache", *FUSED, "shared-halves"])
+    x, t, context = torch.cat([noise(1, 4, 8, 8)] * 2), torch.tensor(541), noise(2, 77, 64, seed=1)
+    fast.unet.halves.alike = True
+    assert error(fast.unet(x, t, context), plain.unet(x, t, context)) < 1e-5
