@@ -84,7 +84,7 @@ def save_png(image: Image.Image, path: str | os.PathLike, parameters: Mapping[st
     The file appears whole or not at all: it is written beside its place and renamed. Raises OSError.
     """
     path = Path(path)
-    data = _png(image, parameters)
+    data = to_png(image, parameters)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -98,7 +98,8 @@ def save_png(image: Image.Image, path: str | os.PathLike, parameters: Mapping[st
         raise
 
 
-def _png(image: Image.Image, parameters: Mapping[str, object]) -> bytes:
+def to_png(image: Image.Image, parameters: Mapping[str, object]) -> bytes:
+    """A PNG file whose text chunks hold the parameters, as `save_png` writes it."""
     text = PngImagePlugin.PngInfo()
     for key, value in parameters.items():
         text.add_itxt(key, json.dumps(value, ensure_ascii=False))

@@ -11,7 +11,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _leave(signum: int, frame: object) -> None:
+def leave(signum: int, frame: object) -> None:
     """Ctrl-C while importing and loading, where C code turns KeyboardInterrupt into errors of its own."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, _leave)
+    signal.signal(signal.SIGINT, leave)
     # Python has put sd/ itself first, where config.py and images.py could shadow other packages.
     sys.path[0] = str(ROOT)
 
@@ -55,8 +55,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     _add_sources(parser.add_argument_group("what to draw (one of these)"))
     _add_picture(parser.add_argument_group("the picture"))
-    _add_model(parser.add_argument_group("the model"))
-    _add_speed(parser.add_argument_group("speed"))
+    model = parser.add_argument_group("the model")
+    add_model_options(model)
+    model.add_argument("--save-quantized", type=Path, metavar="FILE", help="write the weights that --opt quantized")
+    speed = parser.add_argument_group("speed")
+    add_speed_options(speed)
+    speed.add_argument(
+        "--batch-size", type=int, metavar="N", help="pictures at once (what memory allows; halved when it runs out)"
+    )
     _add_output(parser.add_argument_group("the files"))
     parser.set_defaults(again=None)
     return parser.parse_args(argv)
@@ -97,7 +103,8 @@ def _add_picture(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_model(group: argparse._ArgumentGroup) -> None:
+def add_model_options(group: argparse._ArgumentGroup) -> None:
+    """What `choose_checkpoint` and `load_pipeline` read."""
     group.add_argument(
         "--ckpt", type=Path, metavar="FILE", help=".safetensors or .ckpt ($SD_CKPT, then those in data/)"
     )
@@ -105,15 +112,12 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     group.add_argument("--dtype", choices=DTYPES, help="(float16 on CUDA, else float32)")
     group.add_argument("--load-quantized", type=Path, metavar="FILE", help="weights that --save-quantized wrote")
-    group.add_argument("--save-quantized", type=Path, metavar="FILE", help="write the weights that --opt quantized")
 
 
-def _add_speed(group: argparse._ArgumentGroup) -> None:
+def add_speed_options(group: argparse._ArgumentGroup) -> None:
+    """What `optimizations` reads."""
     group.add_argument("--opt", metavar="NAMES", help="optimizations, comma-separated; --list-opts names them (none)")
     group.add_argument("--attention", metavar="BACKEND", help="naive, auto, flash, efficient, cudnn or math")
-    group.add_argument(
-        "--batch-size", type=int, metavar="N", help="pictures at once (what memory allows; halved when it runs out)"
-    )
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
@@ -257,7 +261,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _let_interrupts_clean_up() -> None:
     """From here on files are written: Ctrl-C raises KeyboardInterrupt, so that a half-written one is removed."""
-    if signal.getsignal(signal.SIGINT) is _leave:
+    if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -506,9 +510,13 @@ def list_optimizations() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when all is drawn, 2 after one line on stderr for what the caller can put right, 130 after Ctrl-C."""
+    return exit_code(lambda: run(parse_arguments(argv)))
+
+
+def exit_code(action: Callable[[], None]) -> int:
+    """0 when all is done, 2 after one line on stderr for what the caller can put right, 130 after Ctrl-C."""
     try:
-        run(parse_arguments(argv))
+        action()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

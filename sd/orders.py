@@ -1,0 +1,150 @@
+"""What a client of the service may ask for: the parameters of a prompts file as JSON, checked and limited.
+
+The checks are the command line's own (sd/jobs.py); this adds the limits that a server needs, because others pay for
+what it draws. Neither torch nor a web framework is imported.
+"""
+
+import base64
+import io
+import json
+import secrets
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from sd import jobs
+from sd.config import Config
+from sd.jobs import DEFAULTS, Entry, Job, UserError
+from sd.worker import FailedError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MOST_PIXELS = 4096 * 4096
+"""Of an uploaded picture: a small file can unpack to gigabytes."""
+
+MOST_OBLONG = 4
+"""The longer side of an uploaded picture over its shorter one: it decides the shape of what is drawn from it."""
+
+
+def _limit(default: int, what: str) -> Any:
+    return field(default=default, metadata={"help": what})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one request, or all that wait, may take. $SD_MAX_STEPS and --max-steps set max_steps, and so on."""
+
+    max_steps: int = _limit(150, "denoising steps of a picture")
+    max_side: int = _limit(1024, "height and width in pixels")
+    max_num_images: int = _limit(4, "pictures of a request")
+    max_prompt: int = _limit(2000, "characters of a prompt")
+    max_body: int = _limit(8 * 2**20, "bytes of a request")
+    max_queue: int = _limit(8, "requests that wait while one is drawn")
+
+    def __post_init__(self):
+        for one in fields(self):
+            low = 0 if one.name == "max_queue" else 1
+            if getattr(self, one.name) < low:
+                raise ValueError(f"{one.name} must be at least {low}, not {getattr(self, one.name)}")
+
+
+def limits_from_env(environ: Mapping[str, str]) -> Limits:
+    """Limits with what SD_MAX_STEPS, SD_MAX_SIDE, ... say. Raises UserError."""
+    given = {one.name: environ.get(f"SD_{one.name.upper()}") for one in fields(Limits)}
+    for name, text in given.items():
+        if text and not text.isdecimal():
+            raise UserError(f"SD_{name.upper()} must be a whole number, not {text!r}")
+    return Limits(**{name: int(text) for name, text in given.items() if text})
+
+
+@dataclass(frozen=True)
+class Order:
+    """The pictures of one request. origin: what their PNGs say of the picture that they start from."""
+
+    jobs: list[Job]
+    init_image: "Image.Image | None" = None
+    origin: Mapping[str, object] = field(default_factory=dict)
+
+
+def read_order(body: bytes, limits: Limits, config: Config) -> Order:
+    """A JSON object of parameters, in bytes -> what to draw. Raises FailedError, 400 or 422, with one line."""
+    values = _json_object(body)
+    upload = values.pop("init_image", None)
+    try:
+        given = _checked(values, limits)
+        _check_size(given, limits, config)
+        image, origin = (None, {}) if upload is None else _read_upload(upload)
+        return Order(_plan(given, limits), image, origin)
+    except (ValueError, UserError) as error:
+        raise FailedError(422, str(error)) from None
+
+
+def _json_object(body: bytes) -> dict[str, object]:
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise FailedError(400, f"the body is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise FailedError(400, 'the body is not an object such as {"prompt": "a fox", "steps": 30}')
+    return values
+
+
+def _checked(values: Mapping[str, object], limits: Limits) -> dict[str, object]:
+    given = jobs.checked("", values)
+    if "prompt" not in given:
+        raise ValueError("prompt is missing")
+    for name in ("prompt", "negative_prompt"):
+        if len(given.get(name, "")) > limits.max_prompt:
+            raise ValueError(f"{name} must be at most {limits.max_prompt} characters, not {len(given[name])}")
+    most = {"steps": limits.max_steps, "height": limits.max_side, "width": limits.max_side}
+    for name, limit in {**most, "num_images": limits.max_num_images}.items():
+        if given.get(name, 0) > limit:
+            raise ValueError(f"{name} must be at most {limit} here, not {given[name]}")
+    return given
+
+
+def _check_size(given: Mapping[str, object], limits: Limits, config: Config) -> None:
+    side = config.image_size
+    config.check_size(given.get("height", side), given.get("width", side))
+
+
+def _plan(given: Mapping[str, object], limits: Limits) -> list[Job]:
+    shared = {"steps": min(DEFAULTS["steps"], limits.max_steps)}
+    return jobs.plan([Entry("", given)], shared, first_seed=secrets.randbelow(2**32))
+
+
+def _read_upload(upload: object) -> "tuple[Image.Image, dict[str, object]]":
+    """A picture file in base64, a data: URL too -> the picture, and what is recorded of it. Raises ValueError."""
+    from sd.provenance import fingerprint
+
+    if not isinstance(upload, str):
+        raise ValueError("init_image must be a picture file in base64")
+    try:
+        data = base64.b64decode(upload.rpartition("base64,")[2], validate=True)
+    except ValueError:
+        raise ValueError("init_image is not base64") from None
+    image = _decode(data)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        return image, {"init_image": "upload", "init_image_hash": fingerprint(file.name)}
+
+
+def _decode(data: bytes) -> "Image.Image":
+    from PIL import Image
+
+    from sd.images import FORMATS, to_rgb
+
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception:  # decoders raise whatever they stumble over
+        raise ValueError("init_image cannot be read as a picture") from None
+    width, height = image.size
+    if width * height > MOST_PIXELS or max(image.size) > MOST_OBLONG * min(image.size):
+        raise ValueError(f"init_image is {width}x{height}: over 4096x4096 pixels, or too oblong")
+    try:
+        return to_rgb(image)
+    except Exception:
+        raise ValueError("init_image is a damaged picture") from None
