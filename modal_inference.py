@@ -1,0 +1,547 @@
+"""Draw on Modal's GPUs: one picture, thousands of them, or a service.
+
+    modal run modal_inference.py --prompt "a lighthouse in a storm"
+    modal run modal_inference.py --prompts-file prompts.jsonl --out-dir pictures --max-containers 20
+    modal deploy modal_inference.py
+
+The weights come from the volume that modal_volume.py fills. What would cost money for nothing is left out: weights and
+arguments are checked before a container starts; nothing is retried that would fail again; the checkpoint is read where
+it lies, without a copy; compiled kernels are kept on a second volume; the image's layers are in the order of how
+seldom they change, and the program comes last, outside of it.
+
+Settings that hold for the whole app come from the environment of `modal run` and `modal deploy`:
+    SD_GPU       the GPU, A10 if not given; "none" for a container without one
+    SD_CKPT_NAME the checkpoint of the service, a file in the volume or "demo"
+    SD_OPT       the optimizations of the service, "exact" if not given
+    SD_AUTH      "proxy" (default): Modal's proxy-auth tokens; "basic": HTTP Basic, for browsers, with SD_USER and
+                 SD_PASSWORD from the Modal Secret "sd-auth". The service is never open.
+    SD_MAX_STEPS, SD_MAX_SIDE, ... the service's limits, as `python -m sd.serve --help` lists them
+
+Only modal and what lies in this folder are needed here; torch is in the container.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import modal
+import modal.experimental
+
+HERE = Path(__file__).resolve().parent
+if str(HERE) not in sys.path:
+    sys.path.insert(0, str(HERE))
+
+from sd import jobs  # noqa: E402
+from sd.jobs import DEFAULTS, Job, Picture, UserError  # noqa: E402
+from sd.orders import limits_from_env  # noqa: E402
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from sd.pipeline import StableDiffusion
+
+HOME = "/root"
+"""Where a container has this file and what it needs: HERE, in the container."""
+
+WEIGHTS = f"{HOME}/weights"
+CACHE = f"{HOME}/cache"
+CHECKPOINT = "v1-5-pruned-emaonly.safetensors"
+GPUS = (
+    *("T4", "L4", "A10", "L40S", "A100", "A100-40GB", "A100-80GB", "RTX-PRO-6000"),
+    *("H100", "H100!", "H200", "B200", "B200+"),
+)
+"""Modal's names, as its documentation has them."""
+
+MOST_OF_A_PROMPT = 16
+"""Pictures that one call returns; more come through a prompts file, one by one."""
+
+MINUTE = 60
+
+
+# ---- settings
+
+
+def leave(error: object, code: int = 2) -> None:
+    """One line on stderr, and the exit code."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Modal's map, left halfway, would fill the screen
+    print(f"{'error: ' if code == 2 else ''}{one_line(error)}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def one_line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_gpu(name: str) -> str:
+    """The name of a GPU as Modal has it. Raises UserError: Modal itself would say so after the image is built."""
+    if name.upper() not in GPUS:
+        raise UserError(f"no GPU {name!r}; there are {', '.join(GPUS)}")
+    return name.upper()
+
+
+def read_settings(environment: dict[str, str]) -> dict[str, str]:
+    """Raises UserError or ValueError. Containers get the same ones: this file must define the same functions there."""
+    defaults = {"SD_GPU": "A10", "SD_CKPT_NAME": CHECKPOINT, "SD_OPT": "exact", "SD_AUTH": "proxy"}
+    settings = {name: environment.get(name) or default for name, default in defaults.items()}
+    if settings["SD_GPU"] != "none":
+        settings["SD_GPU"] = check_gpu(settings["SD_GPU"])
+    if settings["SD_AUTH"] not in ("proxy", "basic"):
+        raise UserError(f'SD_AUTH must be "proxy" or "basic", not {settings["SD_AUTH"]!r}')
+    limits_from_env(environment)
+    return settings | {name: value for name, value in environment.items() if name.startswith("SD_MAX_") and value}
+
+
+try:
+    SETTINGS = read_settings(dict(os.environ))
+except (UserError, ValueError) as error:
+    leave(error)
+GPU = None if SETTINGS["SD_GPU"] == "none" else SETTINGS["SD_GPU"]
+
+
+# ---- what a container is made of
+
+app = modal.App("sd")
+weights = modal.Volume.from_name("sd-weights", create_if_missing=True)
+cache = modal.Volume.from_name("sd-cache", create_if_missing=True)
+VOLUMES = {WEIGHTS: weights.with_mount_options(read_only=True), CACHE: cache}
+
+
+def not_the_demo_model(path: Path) -> bool:
+    """Of data/demo, what is not uploaded: pictures and reports."""
+    return path.suffix not in (".safetensors", ".json")
+
+
+def not_the_program(path: Path) -> bool:
+    """Of sd/, what is not uploaded: bytecode, and weights that somebody put there."""
+    return path.suffix not in (".py", ".html", ".cpp")
+
+
+image = (
+    modal.Image.debian_slim(python_version="3.11")
+    .apt_install("build-essential")  # Triton and torch.compile call a C compiler when the first kernel runs
+    .uv_pip_install(requirements=[str(HERE / "requirements.txt")])
+    .env(
+        {
+            "SD_ROOT": HOME,
+            "SD_WEIGHTS": WEIGHTS,
+            "TORCHINDUCTOR_CACHE_DIR": f"{CACHE}/inductor",
+            "TRITON_CACHE_DIR": f"{CACHE}/triton",
+            "SD_CACHE": f"{CACHE}/sd",
+            "TQDM_MININTERVAL": "1",
+        }
+    )
+    # Named one by one: data/ is where checkpoints of gigabytes are put.
+    .add_local_file(HERE / "data" / "vocab.json", f"{HOME}/data/vocab.json")
+    .add_local_file(HERE / "data" / "merges.txt", f"{HOME}/data/merges.txt")
+    .add_local_dir(HERE / "data" / "demo", f"{HOME}/data/demo", ignore=not_the_demo_model)
+    .add_local_dir(HERE / "sd", f"{HOME}/sd", ignore=not_the_program)
+    .add_local_file(HERE / "modal_infer.sh", f"{HOME}/modal_infer.sh")
+)
+RESOURCES = {
+    "image": image,
+    "gpu": GPU,
+    "cpu": 2.0,
+    "memory": 8 * 1024,
+    "volumes": VOLUMES,
+    "retries": 0,  # a prompt that fails, fails again: a retry would only pay for the GPU twice
+}
+
+
+def checkpoint_path(name: str) -> Path:
+    """Where a checkpoint lies in the container: "demo", or a file of the volume."""
+    return HERE / "data/demo/sd-demo.safetensors.index.json" if name == "demo" else HERE / "weights" / name
+
+
+# ---- one prompt: modal_infer.sh in a container
+
+
+@app.function(**RESOURCES, timeout=30 * MINUTE)
+def infer(ckpt: str, flags: list[str]) -> tuple[list[bytes], str]:
+    """Run modal_infer.sh with the flags -> (the PNGs, ""), or ([], why it failed in one line)."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"--out={folder}/{{index:06}}.png"
+        if error := run_script([str(HERE / "modal_infer.sh"), *flags, out], checkpoint_path(ckpt)):
+            return [], error
+        return [file.read_bytes() for file in sorted(Path(folder).iterdir())], ""
+
+
+def run_script(command: list[str], ckpt: Path) -> str:
+    """Run it, passing on what it prints as it comes; returns "" or, in one line, why it failed."""
+    environment = {**os.environ, "SD_CKPT": str(ckpt), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        last = ""
+        for line in lines_as_they_come(process.stderr):
+            if not line.startswith(b"error: "):  # that one is the caller's to print
+                sys.stderr.buffer.write(line)
+                sys.stderr.buffer.flush()
+            last = line.decode(errors="replace").strip() or last
+    if process.returncode < 0:
+        return f"{Path(command[0]).name} was ended by signal {-process.returncode}; was it out of memory?"
+    return last.removeprefix("error: ") or f"exit code {process.returncode}" if process.returncode else ""
+
+
+def lines_as_they_come(stream) -> Iterator[bytes]:
+    """Lines, and each state of a progress bar, which ends in a carriage return."""
+    held = b""
+    while chunk := stream.read1():
+        *lines, held = (held + chunk).replace(b"\r", b"\r\n").split(b"\n")
+        for line in lines:
+            yield line if line.endswith(b"\r") else line + b"\n"
+    if held:
+        yield held + b"\n"
+
+
+# ---- many prompts, and the service: a model that stays loaded
+
+
+class Warm:
+    """Loads once a container. Its subclasses say what is then done with `pipe`."""
+
+    ckpt = SETTINGS["SD_CKPT_NAME"]
+    opt = SETTINGS["SD_OPT"]
+
+    @modal.enter(snap=True)
+    def read(self) -> None:
+        """The checkpoint into memory; of a deployed app, Modal keeps a snapshot of what is there afterwards.
+
+        Without a call to CUDA: the snapshot is taken where there is no GPU, and torch would remember that.
+        """
+        import torch
+
+        from sd.pipeline import StableDiffusion
+
+        dtype = torch.float32 if os.environ["SD_GPU"] == "none" else torch.float16
+        self.path = checkpoint_path(self.ckpt)
+        self.pipe = StableDiffusion.load(self.path, "cpu", dtype)
+
+    @modal.enter(snap=False)
+    def wake(self) -> None:
+        """Onto the GPU, and faster; kernels that are compiled here lie on the volume for the next container."""
+        from sd import optimize
+        from sd.pipeline import default_device
+
+        self.pipe = moved(self.pipe, default_device())
+        optimize.apply(self.pipe, optimize.parse(self.opt, self.pipe.device))
+
+    def facts(self) -> dict[str, object]:
+        """What a picture's PNG says of the model and the machine."""
+        from sd import inference
+
+        return inference.facts(argparse.Namespace(ema=False, load_quantized=None), self.pipe, self.path)
+
+
+def moved(pipe: "StableDiffusion", device) -> "StableDiffusion":
+    """The pipeline on another device. It is given up: its modules move."""
+    models = (model.to(device) for model in (pipe.clip, pipe.unet, pipe.vae))
+    return type(pipe)(pipe.config, *models, pipe.tokenizer)
+
+
+@app.cls(**RESOURCES, env=SETTINGS, timeout=10 * MINUTE, scaledown_window=MINUTE, enable_memory_snapshot=True)
+class Model(Warm):
+    """Draws pictures of a prompts file, one a call."""
+
+    ckpt: str = modal.parameter(default=CHECKPOINT)
+    opt: str = modal.parameter(default="exact")
+
+    @modal.method()
+    def draw(self, fields: dict) -> dict:
+        """A job's fields -> {"index", "png"}, or {"index", "error"}: one line, so that it is known whose it is."""
+        job = Job(**fields, where="")
+        try:
+            return {"index": job.index, "png": self.png(job)}
+        except Exception as error:
+            give_up_if_broken(error, self.pipe)
+            return {"index": job.index, "error": one_line(error)}
+
+    def png(self, job: Job) -> bytes:
+        """The picture as a file that says how it was drawn, as sd/inference.py writes it."""
+        from sd.images import to_png
+
+        names = ("negative_prompt", "steps", "cfg_scale", "seed", "height", "width", "sampler")
+        (picture,) = self.pipe.generate(job.prompt, **{name: getattr(job, name) for name in names})
+        return to_png(picture, {**picture.info, "batch": [0, 1], **self.facts()})
+
+
+def give_up_if_broken(error: Exception, pipe: "StableDiffusion") -> None:
+    """After an error that is not the picture's own, have Modal send this container no more of them.
+
+    A GPU that has failed fails at once for every further picture, and so would take most of them off the queue.
+    """
+    from sd import memory
+
+    if memory.is_out_of_memory(error):
+        memory.release(pipe.device)
+    elif not isinstance(error, ValueError):
+        modal.experimental.stop_fetching_inputs()
+
+
+AUTH_SECRETS = [modal.Secret.from_name("sd-auth", required_keys=["SD_USER", "SD_PASSWORD"])]
+
+
+# One container: a GPU that is idle for two minutes is given back, and a crowd waits or is told to come again rather
+# than renting ten. It takes many requests at once so that it can say so; it draws one picture at a time.
+@app.cls(
+    **RESOURCES,
+    env=SETTINGS,
+    secrets=AUTH_SECRETS if SETTINGS["SD_AUTH"] == "basic" else [],
+    timeout=10 * MINUTE,
+    scaledown_window=2 * MINUTE,
+    max_containers=1,
+    enable_memory_snapshot=True,
+)
+@modal.concurrent(max_inputs=100)
+class Service(Warm):
+    """sd/serve.py's app over HTTP."""
+
+    @modal.asgi_app(requires_proxy_auth=SETTINGS["SD_AUTH"] == "proxy")
+    def web(self) -> "FastAPI":
+        from sd.serve import auth_from_env, create_app
+
+        # Without a password in the Secret this raises: no service rather than an open one.
+        auth = auth_from_env(os.environ) if SETTINGS["SD_AUTH"] == "basic" else None
+        return create_app(self.pipe, limits_from_env(os.environ), auth, self.facts())
+
+
+# ---- the command line
+
+
+@app.local_entrypoint()
+def main(
+    prompt: str | None = None,
+    prompts_file: str | None = None,
+    negative_prompt: str | None = None,
+    steps: int | None = None,
+    cfg_scale: float | None = None,
+    seed: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    sampler: str | None = None,
+    num_images: int | None = None,
+    opt: str = "exact",
+    ckpt: str = CHECKPOINT,
+    gpu: str | None = None,
+    max_containers: int = 10,
+    out: str = "output.png",
+    out_dir: str = "pictures",
+    overwrite: bool = False,
+):
+    """Draw a --prompt into --out, or the prompts of --prompts-file into --out-dir, on Modal."""
+    given = {"negative_prompt": negative_prompt, "steps": steps, "cfg_scale": cfg_scale, "seed": seed}
+    given |= {"height": height, "width": width, "sampler": sampler, "num_images": num_images}
+    try:
+        if bool(prompt) == bool(prompts_file):
+            raise UserError("say what to draw: --prompt TEXT or --prompts-file FILE, one of them")
+        shared = jobs.checked("", given)
+        check_options(max_containers, opt)
+        options = gpu_options(gpu)
+        if prompts_file:
+            pictures = plan_file(prompts_file, shared, Path(out_dir), ckpt, overwrite)
+            check_weights(ckpt)
+            model = Model.with_options(**options, max_containers=max_containers)(ckpt=ckpt, opt=opt)
+            draw_file(pictures, model, len(os.listdir(out_dir)))
+        else:
+            pictures = plan_prompt(prompt, shared, out)
+            check_weights(ckpt)
+            draw_prompt(pictures, infer.with_options(**options) if options else infer, ckpt, opt)
+    except (UserError, ValueError, OSError, modal.exception.Error) as error:
+        leave(error)
+    except KeyboardInterrupt:  # of itself, Modal's client would say that all went well
+        leave("interrupted; what is written stays, and the same command goes on with a prompts file", 130)
+
+
+def gpu_options(gpu: str | None) -> dict:
+    """What containers are asked for on another GPU than this file's. Raises UserError."""
+    if not gpu:
+        return {}
+    gpu = check_gpu(gpu)
+    return {"gpu": gpu, "env": {**SETTINGS, "SD_GPU": gpu}}
+
+
+def check_options(max_containers: int, opt: str) -> None:
+    """Raises UserError or ValueError. Of --opt, only where torch is installed here too."""
+    if max_containers < 1:
+        raise UserError(f"--max-containers must be at least 1, not {max_containers}")
+    if opt in ("exact", "original", "fast", "none", "") or importlib.util.find_spec("torch") is None:
+        return
+    from sd import optimize
+
+    optimize.parse(opt, "cuda")
+
+
+def check_weights(ckpt: str) -> None:
+    """Raises UserError unless the checkpoint is in the volume: that is asked of Modal, without a container."""
+    if ckpt == "demo":
+        return
+    there = {entry.path.lstrip("/") for entry in weights.listdir("/", recursive=True)}
+    if ckpt not in there:
+        hint = "run `modal run modal_volume.py`, or see `modal run modal_volume.py --list`"
+        raise UserError(f"{ckpt} is not in the volume sd-weights: {hint}")
+
+
+# ---- one prompt
+
+
+def plan_prompt(prompt: str, shared: dict[str, object], out: str) -> list[Picture]:
+    """The pictures of one prompt and their files. Raises UserError."""
+    if shared.get("num_images", 1) > MOST_OF_A_PROMPT:
+        raise UserError(f"--num-images: at most {MOST_OF_A_PROMPT} of one --prompt; a --prompts-file takes any number")
+    shared = dict(shared)
+    first_seed = shared.pop("seed", secrets.randbelow(2**32))
+    planned = jobs.plan([jobs.Entry("", jobs.checked("", {"prompt": prompt}))], shared, first_seed)
+    return list(zip(planned, jobs.output_files(out, planned, many=len(planned) > 1), strict=True))
+
+
+def draw_prompt(pictures: Sequence[Picture], function: modal.Function, ckpt: str, opt: str) -> None:
+    """Draw them in one container and write them."""
+    job, _ = pictures[0]
+    parameters = {name: getattr(job, name) for name in DEFAULTS} | {"num_images": len(pictures)}
+    parameters |= {"prompt": job.prompt, "seed": job.seed, "opt": opt}
+    if not job.init_image:
+        del parameters["strength"]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in parameters.items() if value is not None]
+    pngs, error = function.remote(ckpt, flags)
+    if error:
+        raise UserError(error)
+    for (drawn, file), png in zip(pictures, pngs, strict=True):
+        write_whole(file, png)
+        print(f"{file}  seed {drawn.seed}")
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """The file appears whole or not at all: it is written beside its place and renamed."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        with part.open("wb") as opened:
+            opened.write(data)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(part, file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+# ---- many prompts
+
+
+def plan_file(path: str, shared: dict[str, object], folder: Path, ckpt: str, overwrite: bool) -> list[Picture]:
+    """The pictures of a prompts file that are not in the folder yet. Raises UserError."""
+    shared = dict(shared)
+    first_seed = shared.pop("seed", 0)
+    planned = jobs.plan(jobs.read_prompts(path), shared, first_seed)
+    if with_image := next((job for job in planned if job.init_image), None):
+        raise UserError(f"{with_image.where}: init_image is a file of this machine; draw it with sd/inference.py")
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = list(zip(planned, jobs.output_files(f"{folder}/{{index:05}}-{{seed}}.png", planned, True), strict=True))
+    if overwrite:
+        return pictures
+    return jobs.left_to_draw(pictures, png_parameters, {"checkpoint": checkpoint_path(ckpt).name})
+
+
+def png_parameters(path: Path) -> dict[str, object]:
+    """What a PNG of this program says of itself, without Pillow. Raises OSError, or ValueError for any other file."""
+    found = {}
+    with path.open("rb") as file:
+        if file.read(8) != b"\x89PNG\r\n\x1a\n":
+            raise ValueError(f"{path} is no PNG")
+        while head := file.read(8):
+            size, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if kind == b"IDAT":
+                break
+            data = file.read(size + 4)[:size]
+            if kind == b"iTXt":
+                found |= _text_chunk(data)
+    if "prompt" not in found:
+        raise ValueError(f"{path} holds no parameters of a picture drawn by this program")
+    return found
+
+
+def _text_chunk(data: bytes) -> dict[str, object]:
+    """An iTXt chunk: keyword, 0, compressed?, method, language, 0, translated keyword, 0, text (PNG 11.3.4.5)."""
+    keyword, _, rest = data.partition(b"\0")
+    text = rest[2:].split(b"\0", 2)[2]
+    with suppress(ValueError, zlib.error):
+        return {keyword.decode("latin-1"): json.loads(zlib.decompress(text) if rest[0] else text)}
+    return {}
+
+
+def draw_file(pictures: Sequence[Picture], model: "Model", there: int) -> None:
+    """Draw them in many containers, writing each as it comes. Raises UserError at the end if any failed."""
+    if not pictures:
+        print("all pictures are there already; --overwrite draws them again")
+        return
+    print(f"{len(pictures)} pictures to draw" + (f", {there} files are there" if there else ""))
+    failures = write_results(results_of(model, pictures), pictures)
+    for job, file in pictures:
+        if job.index in failures:
+            print(f"failed: {file}  ({job.where}: {failures[job.index]})", file=sys.stderr)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(pictures)} pictures failed; run the same command to try them again")
+
+
+def results_of(model: "Model", pictures: Sequence[Picture]) -> Iterator[object]:
+    """What `Model.draw` returns for each, as it comes; an exception for one whose container was lost.
+
+    The first picture is drawn alone: if the model does not load, one container has found out, not all of them, and
+    what it compiles lies on the volume when the others start. Raises UserError then.
+    """
+    fields = ({name: value for name, value in vars(job).items() if name != "where"} for job, _ in pictures)
+    try:
+        first = model.draw.remote(next(fields))
+    except Exception as error:
+        raise UserError(f"no picture can be drawn: {one_line(error)}") from None
+    yield first
+    yield from model.draw.map(fields, order_outputs=False, return_exceptions=True)
+
+
+def write_results(results: Iterable[object], pictures: Sequence[Picture]) -> dict[int, str]:
+    """Write each picture as it comes; returns the others' indices with the reason. One picture is held at a time."""
+    files = {job.index: file for job, file in pictures}
+    failures: dict[int, str] = {}
+    lost = "no answer"
+    progress = Progress(len(files))
+    left = set(files)
+    for result in results:
+        if isinstance(result, BaseException):  # of a container, not of a picture: it does not say which
+            lost = one_line(result)
+            continue
+        left.discard(result["index"])
+        if "png" in result:
+            write_whole(files[result["index"]], result["png"])
+        else:
+            failures[result["index"]] = result["error"]
+        progress.show(len(files) - len(left), len(failures))
+    return failures | dict.fromkeys(left, lost)
+
+
+class Progress:
+    """A bar of whole lines, at most one every two seconds: Modal's own spinner owns the terminal's last line."""
+
+    def __init__(self, total: int, pause: float = 2.0):
+        self.total = total
+        self.pause = pause
+        self.start = time.monotonic()
+        self.next = 0.0
+
+    def show(self, done: int, failed: int) -> None:
+        now = time.monotonic()
+        if now < self.next and done < self.total:
+            return
+        self.next = now + self.pause
+        seconds = (now - self.start) / done * (self.total - done)
+        filled = 30 * done // self.total
+        bar = "#" * filled + "-" * (30 - filled)
+        rest = f"{seconds / 60:.0f} min left" if seconds > 90 else f"{seconds:.0f} s left"
+        print(f"[{bar}] {done}/{self.total}, {failed} failed, {rest}", flush=True)

@@ -1,0 +1,233 @@
+"""modal_inference.py through the real client and the real container entry point: one picture, and what goes wrong."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import modal
+import pytest
+from modal_proto import api_pb2
+from PIL import Image
+
+import modal_inference
+from sd.images import read_parameters, save_png
+from sd.inference import main
+from tests.modal_loopback.containers import namespaces_allowed
+from tests.test_inference import pixels
+
+pytest_plugins = ["tests.modal_fixtures"]
+
+ROOT = Path(modal_inference.__file__).parent
+CHECKPOINT = modal_inference.CHECKPOINT
+DRAW = ["--prompt", "a red apple", "--negative-prompt", "-dark", "--steps", 3, "--seed", 5]
+
+
+def drawn_here(folder, checkpoint, *arguments) -> None:
+    """The same through sd/inference.py, in this process."""
+    assert main([*map(str, arguments), "--ckpt", str(checkpoint), "--out", str(folder)]) == 0
+
+
+def test_one_picture(filled, checkpoint, tmp_path):
+    result = filled.run("run", "modal_inference.py", *DRAW)
+    assert result.code == 0, result.text
+    assert "denoise" in result.text  # its progress
+    assert "output.png  seed 5" in result.out
+    assert os.listdir(filled.cwd) == ["output.png"]
+    drawn_here(tmp_path / "local.png", checkpoint, *DRAW[:2], "--negative-prompt=-dark", *DRAW[4:], "--opt", "exact")
+    assert (pixels(filled.cwd / "output.png") == pixels(tmp_path / "local.png")).all()
+    assert read_parameters(filled.cwd / "output.png") == read_parameters(tmp_path / "local.png")
+    assert [task.function for task in filled.plane.tasks.values()] == [filled.plane.function("infer")]
+    check_request(filled.plane)
+    check_uploads(filled.plane)
+
+
+def check_request(plane) -> None:
+    """What the client asked Modal for."""
+    for name in ("infer", "Model.*", "Service.*"):
+        asked = plane.function(name).definition
+        assert (asked.resources.gpu_config.gpu_type, asked.resources.gpu_config.count) == ("A10", 1)
+        assert asked.retry_policy.retries == 0
+        mounts = {mount.mount_path: (mount.volume_id, mount.read_only) for mount in asked.volume_mounts}
+        assert mounts == {"/root/weights": ("vo-sd-weights", True), "/root/cache": ("vo-sd-cache", False)}
+    assert plane.function("infer").definition.timeout_secs == 1800
+    assert plane.function("Model.*").definition.timeout_secs == 600
+    assert not plane.function("infer").definition.checkpointing_enabled
+    assert plane.function("Service.*").definition.checkpointing_enabled
+    assert plane.function("Service.*").definition.concurrency_limit == 1
+    commands = plane.image_commands(plane.function("infer"))
+    order = ["FROM ", "build-essential", "uv pip install", "ENV "]
+    places = [next(i for i, command in enumerate(commands) if text in command) for text in order]
+    assert places == sorted(places), commands
+    assert "3.11" in commands[0]
+    assert "/root/cache/inductor" in " ".join(commands)
+    context = [file for image in plane.images.values() for file in image.context_files]
+    assert (ROOT / "requirements.txt").read_bytes() in [file.data for file in context]
+
+
+def check_uploads(plane) -> None:
+    """The program, the tokenizer and the demo model; none of the checkpoints that lie about."""
+    found = plane.uploaded(plane.function("infer"))
+    under_root = {path for path in found if path.startswith("/root/")}
+    data = {path for path in under_root if path.startswith("/root/data/")}
+    demo = {path.name for path in (ROOT / "data/demo").iterdir() if path.suffix in (".safetensors", ".json")}
+    assert data == {"/root/data/vocab.json", "/root/data/merges.txt", *(f"/root/data/demo/{name}" for name in demo)}
+    program = {path for path in under_root - data if path.startswith("/root/sd/")}
+    assert "/root/sd/pipeline.py" in program
+    assert all(path.endswith((".py", ".html", ".cpp")) for path in program)
+    assert under_root - data - program == {"/root/modal_inference.py", "/root/modal_infer.sh"}
+    assert found["/root/modal_infer.sh"][1] & 0o111
+
+
+@pytest.mark.full
+def test_several_pictures_of_the_demo_model(loopback):
+    arguments = ["--prompt", "a fox", "--steps", 1, "--seed", 1, "--num-images", 2, "--ckpt", "demo"]
+    result = loopback.run("run", "modal_inference.py", *arguments, "--opt", "none")
+    assert result.code == 0, result.text
+    assert sorted(os.listdir(loopback.cwd)) == ["output-1.png", "output-2.png"]
+    assert [read_parameters(loopback.cwd / f"output-{i}.png")["seed"] for i in (1, 2)] == [1, 2]
+
+
+# ---- mistakes
+
+
+def one_line_error(result, words: str) -> None:
+    """Exit code 2, one line on stderr that says what is wrong, no traceback."""
+    assert result.code == 2, result.text
+    assert "Traceback" not in result.text
+    assert re.fullmatch(r"error: [^\n]*\n", result.errors), result.text
+    assert words in result.errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--prompt TEXT or --prompts-file FILE"),
+        (["--prompt", "x"], "modal run modal_volume.py"),
+        (["--prompt", "x", "--gpu", "A11"], "no GPU 'A11'; there are T4"),
+        (["--prompt", "x", "--steps", 1001], "steps must be from 1 to 1000, not 1001"),
+        (["--prompts-file", "missing.jsonl"], "missing.jsonl cannot be read"),
+    ],
+)
+def test_mistakes_are_one_line_and_start_nothing(loopback, arguments, words):
+    one_line_error(loopback.run("run", "modal_inference.py", *arguments), words)
+    assert loopback.plane.tasks == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompt": "x", "prompts_file": "p.txt"}, "one of them"),
+        ({"prompt": "x", "opt": "exakt"}, "is it 'exact'?"),
+        ({"prompt": "x", "out": "nowhere/x.png"}, "there is no folder nowhere"),
+        ({"prompt": "x", "out": "x.jpg"}, "must end in .png"),
+        ({"prompt": "x", "num_images": 17}, "at most 16"),
+        ({"prompt": "x", "seed": -1}, "seed must be from 0"),
+        ({"prompt": "x", "sampler": "euler"}, "no sampler 'euler'"),
+        ({"prompt": "x", "max_containers": 0}, "at least 1"),
+        ({"prompts_file": "bad.jsonl"}, "bad.jsonl line 2: steps"),
+        ({"prompts_file": "image.jsonl"}, "image.jsonl line 1: init_image"),
+        ({"prompts_file": "other.txt"}, "is another picture"),
+    ],
+)
+def test_more_mistakes(tmp_path, monkeypatch, capsys, arguments, words):
+    """The entry point itself, which has nothing to ask anybody before it finds these."""
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "steps": 0}\n')
+    Path("image.jsonl").write_text('{"prompt": "x", "init_image": "a.png"}\n')
+    Path("other.txt").write_text("a fox\n")
+    Path("pictures").mkdir()
+    Path("pictures/00001-0.png").write_bytes(b"somebody's")
+    with pytest.raises(SystemExit) as left:
+        modal_inference.main.info.raw_f(**arguments)
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert Path("pictures/00001-0.png").read_bytes() == b"somebody's"
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [({"SD_GPU": "A11"}, "no GPU 'A11'"), ({"SD_AUTH": "none"}, 'SD_AUTH must be "proxy" or "basic"')],
+)
+def test_wrong_settings(loopback, environment, words):
+    one_line_error(loopback.run("deploy", "modal_inference.py", **environment), words)
+    assert loopback.plane.functions == {}
+
+
+def test_a_failure_in_the_container(filled):
+    """A checkpoint that is cut off, which only the container can see."""
+    broken = filled.plane.volume("sd-weights") / "broken.safetensors"
+    broken.write_bytes(b"not a checkpoint")
+    result = filled.run("run", "modal_inference.py", "--prompt", "x", "--ckpt", broken.name, "--gpu", "h100")
+    one_line_error(result, "broken.safetensors")
+    (variant,) = filled.plane.variants("infer")
+    assert variant.definition.resources.gpu_config.gpu_type == "H100"
+    (task,) = filled.plane.tasks.values()
+    assert len(task.inputs) == 1  # and it is not tried again
+    assert os.listdir(filled.cwd) == []
+
+
+@pytest.mark.full
+def test_weights_cannot_be_written_in_the_container(filled):
+    if not namespaces_allowed():
+        pytest.skip("mount namespaces are not allowed here")
+    script = "import os; print(os.access('/root/weights', os.W_OK), os.access('/root/cache', os.W_OK))"
+    # A program in the place of modal_infer.sh, through the same mounts.
+    program = filled.repository / "modal_infer.sh"
+    before = program.read_bytes()
+    try:
+        program.write_text(f'#!/bin/sh\nexec python -c "{script}"\n')
+        result = filled.run("run", "modal_inference.py", "--prompt", "x", "--steps", 1)
+    finally:
+        program.write_bytes(before)
+    assert "False True" in result.out
+
+
+# ---- modal_infer.sh by itself
+
+
+def test_the_script_on_any_machine(checkpoint, tmp_path):
+    """Laid out like a container, found through the environment; all flags are passed on."""
+    (tmp_path / "weights").mkdir()
+    os.link(checkpoint, tmp_path / "weights" / CHECKPOINT)
+    for name in ("sd", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {**os.environ, "SD_ROOT": str(tmp_path), "SD_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment.pop("SD_CKPT", None)
+    command = [str(ROOT / "modal_infer.sh"), "--prompt", "a cat", "--steps", "1", "--out", "cat.png"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert read_parameters(tmp_path / "cat.png")["checkpoint"] == CHECKPOINT
+    result = subprocess.run([*command, "--steps", "0"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "steps must be from 1" in result.stderr
+
+
+# ---- parts that need no loopback
+
+
+def test_the_client_needs_no_torch():
+    """Of requirements.txt nothing but modal is imported where `modal run` is typed; and it starts quickly."""
+    code = "import sys, modal_inference, modal_volume; print(sorted(set(sys.modules) & {*sys.argv[1:]}))"
+    packages = ["torch", "torchao", "numpy", "PIL", "tqdm", "tokenizers", "safetensors", "fastapi", "uvicorn"]
+    result = subprocess.run([sys.executable, "-c", code, *packages], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_a_png_is_read_without_pillow(tmp_path):
+    parameters = {"prompt": "ä fox\n", "steps": 3, "seed": 2**62, "cfg_scale": 7.5, "batch": [0, 1]}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "x.png", parameters)
+    assert modal_inference.png_parameters(tmp_path / "x.png") == parameters == read_parameters(tmp_path / "x.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "y.png")
+    (tmp_path / "z.png").write_bytes(b"no")
+    for name in ("y.png", "z.png"):
+        with pytest.raises(ValueError, match=name):
+            modal_inference.png_parameters(tmp_path / name)
+
+
+def test_the_wire_is_that_of_the_pinned_modal():
+    assert f"modal=={modal.__version__}" in (ROOT / "requirements.txt").read_text().split()
+    assert api_pb2.Function.DESCRIPTOR.fields_by_name["method_definitions"]
