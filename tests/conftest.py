@@ -19,7 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     reason = f"full size needs {FULL_SIZE_MEMORY >> 30} GiB of memory; here are {memory() / 2**30:.1f}"
     for item in items:
-        if "full" in item.keywords:
+        marker = item.get_closest_marker("full")
+        if marker and marker.kwargs.get("memory", True):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

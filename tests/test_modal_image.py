@@ -11,7 +11,7 @@ import modal_inference
 ROOT = Path(modal_inference.__file__).parent
 
 
-@pytest.mark.full
+@pytest.mark.full(memory=False)
 def test_the_requirements_resolve_for_the_image(tmp_path):
     """`pip install --dry-run`, with wheels only: the image's base has a C compiler, but nothing should need one."""
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (17, 27, 28, 34)]

@@ -80,7 +80,7 @@ def check_uploads(plane) -> None:
     assert found["/root/modal_infer.sh"][1] & 0o111
 
 
-@pytest.mark.full
+@pytest.mark.full(memory=False)
 def test_several_pictures_of_the_demo_model(loopback):
     arguments = ["--prompt", "a fox", "--steps", 1, "--seed", 1, "--num-images", 2, "--ckpt", "demo"]
     result = loopback.run("run", "modal_inference.py", *arguments, "--opt", "none")
@@ -157,6 +157,7 @@ def test_wrong_settings(loopback, environment, words):
     assert loopback.plane.functions == {}
 
 
+@pytest.mark.full(memory=False)
 def test_a_failure_in_the_container(filled):
     """A checkpoint that is cut off, which only the container can see."""
     broken = filled.plane.volume("sd-weights") / "broken.safetensors"
@@ -170,7 +171,7 @@ def test_a_failure_in_the_container(filled):
     assert os.listdir(filled.cwd) == []
 
 
-@pytest.mark.full
+@pytest.mark.full(memory=False)
 def test_weights_cannot_be_written_in_the_container(filled):
     if not namespaces_allowed():
         pytest.skip("mount namespaces are not allowed here")

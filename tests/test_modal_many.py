@@ -40,6 +40,7 @@ def times(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+@pytest.mark.full(memory=False)
 def test_thirty_prompts_a_killed_container_and_a_bad_prompt(filled, checkpoint, tmp_path):
     prompts, pictures = filled.cwd / "prompts.jsonl", filled.cwd / "pictures"
     lines = [{"prompt": f"a fox {i}", "steps": 1, "seed": 100 + i} for i in range(30)]
@@ -91,7 +92,7 @@ def test_thirty_prompts_a_killed_container_and_a_bad_prompt(filled, checkpoint, 
     assert "all pictures are there already" in again.out
 
 
-@pytest.mark.full
+@pytest.mark.full(memory=False)
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_a_client_that_is_stopped_loses_and_repeats_nothing(filled, end):
     prompts, pictures = filled.cwd / "prompts.txt", filled.cwd / "pictures"
@@ -117,7 +118,7 @@ def test_a_client_that_is_stopped_loses_and_repeats_nothing(filled, end):
     assert sum(len(task.inputs) for name, task in filled.plane.tasks.items() if name not in before) == 8 - len(first)
 
 
-@pytest.mark.full
+@pytest.mark.full(memory=False)
 def test_containers_that_cannot_start_end_the_run(filled):
     """Rather than failing for each of ten thousand pictures."""
     (filled.plane.volume("sd-weights") / "broken.safetensors").write_bytes(b"not a checkpoint")

@@ -40,6 +40,7 @@ def one_line_error(result, words: str) -> None:
     assert words in re.fullmatch(r"error: ([^\n]*)\n", result.errors)[1]
 
 
+@pytest.mark.full(memory=False)
 def test_a_connection_that_drops_twice_and_a_second_run(loopback, server):
     server.answers = [drop_after(100_000), drop_after(50_000)]
     result = put(loopback, server)
@@ -85,7 +86,7 @@ def test_wrong_bytes_leave_nothing(loopback, server, monkeypatch):
     assert stored(loopback) == []
 
 
-@pytest.mark.full
+@pytest.mark.full(memory=False)
 def test_a_file_that_was_put_there_by_hand(loopback, server):
     """Without a record of its sha256, the container reads it; another file stays and is an error."""
     file = loopback.plane.volume("sd-weights") / NAME

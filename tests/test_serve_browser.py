@@ -35,7 +35,7 @@ FLAGS = (
 PHONE = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
 
 pytestmark = [
-    pytest.mark.full,
+    pytest.mark.full(memory=False),
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs apt-get install chromium chromium-driver"),
 ]
 

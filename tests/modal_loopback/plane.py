@@ -602,7 +602,7 @@ class ControlPlane:
         for reader in readers:
             reader.join()
         task.process.wait()
-        with suppress(RuntimeError):  # the loop is closed
+        if not self.loop.is_closed():  # the plane is still there
             asyncio.run_coroutine_threadsafe(self._ended(task), self.loop)
 
     def _carry(self, task: Task, pipe, descriptor: int) -> None:
