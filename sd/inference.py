@@ -116,8 +116,15 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
 
 def add_speed_options(group: argparse._ArgumentGroup) -> None:
     """What `optimizations` reads."""
-    group.add_argument("--opt", metavar="NAMES", help="optimizations, comma-separated; --list-opts names them (none)")
+    group.add_argument(
+        "--opt",
+        metavar="NAMES",
+        help="optimizations, comma-separated; --list-opts names them (cpu for large models on CPUs in fp32, else none)",
+    )
     group.add_argument("--attention", metavar="BACKEND", help="naive, auto, flash, efficient, cudnn or math")
+    group.add_argument(
+        "--memory-budget", metavar="GB", help="on CPUs, in fp32: about what SD 1.5 may take at 512x512, or low: 5 (8)"
+    )
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
@@ -287,7 +294,7 @@ def load_pipeline(args: argparse.Namespace, checkpoint: Path) -> "StableDiffusio
         from sd.quantize import load_quantized
 
         load_quantized(pipe, args.load_quantized)
-    if names := optimizations(args):
+    if names := optimizations(args, pipe):
         from sd import optimize
 
         optimize.apply(pipe, optimize.parse(names, pipe.device))
@@ -488,9 +495,33 @@ class Progress:
 # ---- optimizations
 
 
-def optimizations(args: argparse.Namespace) -> str:
-    """--opt and --attention as one list of names."""
-    return ",".join(filter(None, [args.opt, args.attention and f"attention={args.attention}"]))
+LARGE = 300_000_000  # parameters of a UNet from which preparing kernels and weights is paid back by one picture
+
+
+def optimizations(args: argparse.Namespace, pipe: "StableDiffusion") -> str:
+    """--opt, --attention and --memory-budget as one list of names; without any, what suits the model and the device."""
+    import torch
+
+    exact = pipe.device.type == "cpu" and pipe.dtype == torch.float32 and not args.load_quantized
+    large = sum(weight.numel() for weight in pipe.unet.parameters()) >= LARGE
+    given = [args.opt, args.attention and f"attention={args.attention}"]
+    if given == [None, None] and exact and large:
+        given = ["cpu"]
+    if args.memory_budget is not None:
+        given.append(memory_options(args.memory_budget))
+    return ",".join(filter(None, given))
+
+
+def memory_options(budget: str) -> str:
+    """What keeps SD 1.5 at 512x512 within a budget, "low" or in GB: 4.3 of them are its weights."""
+    try:
+        gigabytes = 5.0 if budget == "low" else float(budget)
+    except ValueError:
+        gigabytes = 0.0
+    if not 4.5 <= gigabytes < 1000:
+        raise UserError(f"--memory-budget must be low, or gigabytes from 4.5 on, not {budget}")
+    transformed = max(0.0, 0.3 + 0.7 * (gigabytes - 5))
+    return f"winograd={transformed:.2f}" + ",page-out" * (gigabytes < 6)
 
 
 def list_optimizations() -> None:

@@ -1,9 +1,13 @@
 """How much memory there is, how many pictures fit into it at once, and whether an error says that they did not."""
 
+import ctypes
 import gc
+import mmap
+import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sd.config import Config
 
@@ -78,3 +82,34 @@ def pictures_at_once(config: Config, height: int, width: int, dtype: torch.dtype
         return most
     fit = int(free * SHARE) // picture_bytes(config, height, width, dtype)
     return max(1, min(most, fit))
+
+
+# ---- weights that are mapped from a file
+
+MADV_PAGEOUT = 21  # Python 3.11's mmap does not name it
+
+
+def mapped(tensor: Tensor) -> bool:
+    """Whether the tensor's memory is a file's, as that of weights is which were in fp32 on disk."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return False
+    address = tensor.data_ptr()
+    for line in lines:
+        bounds, *_, path = line.split(maxsplit=5)
+        first, last = (int(bound, 16) for bound in bounds.split("-"))
+        if first <= address < last:
+            return path.startswith("/")
+    return False
+
+
+def page_out(tensor: Tensor) -> None:
+    """Tell Linux that a tensor is not needed for a while: a mapped one stops to count as this process's memory.
+
+    Nothing is lost: pages are read again when touched, and memory of no file goes to swap or stays.
+    """
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform == "linux" and last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_PAGEOUT)

@@ -74,9 +74,17 @@ def _onednn_runs() -> bool:
     return available()
 
 
+def _glibc() -> bool:
+    from sd.allocator import available
+
+    return available()
+
+
 ANYTHING = "any device"
 CPU = "a CPU"
+CPU_FP32 = "a CPU, in fp32"
 ONEDNN = "an x86 CPU, in fp32"
+GLIBC = "a CPU, on Linux with glibc"
 NVIDIA = "an NVIDIA GPU"
 SM80 = "an NVIDIA GPU with sm80 or newer"
 SM89 = "an NVIDIA GPU with sm89 or newer, in fp16 or bf16"
@@ -84,7 +92,9 @@ SM89 = "an NVIDIA GPU with sm89 or newer, in fp16 or bf16"
 NEEDS: dict[str, Callable[[Pipe], bool]] = {
     ANYTHING: lambda pipe: True,
     CPU: lambda pipe: pipe.device.type == "cpu",
+    CPU_FP32: lambda pipe: pipe.device.type == "cpu" and pipe.dtype == torch.float32,
     ONEDNN: lambda pipe: pipe.device.type == "cpu" and pipe.dtype == torch.float32 and _onednn_runs(),
+    GLIBC: lambda pipe: pipe.device.type == "cpu" and _glibc(),
     NVIDIA: lambda pipe: pipe.device.type == "cuda",
     SM80: _triton_runs,
     SM89: lambda pipe: _capability(pipe) >= (8, 9) and _half(pipe),
@@ -291,6 +301,96 @@ def prepacked(pipe: Pipe) -> None:
 
     for model in (pipe.unet, pipe.vae, pipe.clip):
         prepack(model)
+
+
+# ---- C++ kernels on a CPU: sd/winograd.py and sd/cpu.py
+
+
+def winograd(pipe: Pipe, gigabytes: float = 2.4) -> None:
+    """3x3 convolutions with a quarter of the multiplications, by Winograd's F(4x4,3x3). Exact.
+
+    gigabytes: what the transformed kernels may take beside the weights; F(2x2,3x3) or the direct way where they would
+    take more. Helps: convolutions, half of a step on CPUs. Hurts: memory; where there is no C++ compiler, PyTorch's
+    own operations do it, and gain less.
+    """
+    from sd.winograd import apply
+
+    apply(pipe, int(gigabytes * 1e9))
+
+
+def cpu_linear(pipe: Pipe) -> None:
+    """Linear layers and 1x1 convolutions by the C++ kernels, the feed-forward's gate within its product. Exact.
+
+    Helps: GEGLU, whose projection is the largest activation. Hurts: CPUs without AVX2, for which nothing is tuned.
+    """
+    from sd import cpu, cpu_kernels
+
+    if cpu_kernels.load():
+        cpu.fast_linear(pipe.unet, pipe.vae)
+
+
+def cpu_attention(pipe: Pipe) -> None:
+    """Attention by the C++ kernels, without a causal mask: the UNet's and the VAE's. Exact.
+
+    Helps: heads of 40 and many positions. Hurts: CPUs without AVX2, for which nothing is tuned.
+    """
+    from sd import cpu, cpu_kernels
+
+    if cpu_kernels.load():
+        cpu.use_fast_attention(pipe.unet, pipe.vae)
+
+
+def cpu_norm(pipe: Pipe) -> None:
+    """Norms by the C++ kernels, SiLU within; Winograd convolutions add timestep and residual themselves. Exact.
+
+    Helps: each was a pass over memory. Hurts: without channels-last, where each activation is copied first.
+    """
+    from sd import cpu, cpu_kernels
+
+    if cpu_kernels.load():
+        cpu.fast_norms(pipe.unet, pipe.vae)
+
+
+def page_out(pipe: Pipe) -> None:
+    """Weights that the next stage does not need go back to the file that they are mapped from. Exact.
+
+    Helps: memory, by up to the text encoder's weights while denoising and the UNet's while decoding, if the checkpoint
+    is in fp32. Hurts: the next picture, which reads them again.
+    """
+    from sd.memory import page_out
+
+    def release(model: nn.Module) -> None:
+        for weight in model.parameters():
+            page_out(weight)
+
+    def encode_and_release(encode: Callable) -> Callable:
+        def encode_prompts(*args) -> Tensor:
+            context = encode(*args)
+            release(pipe.clip)
+            return context
+
+        return encode_prompts
+
+    def release_and_decode(decode: Callable) -> Callable:
+        def decode_released(latents: Tensor) -> Tensor:
+            release(pipe.unet)
+            return decode(latents)
+
+        return decode_released
+
+    _wrap(pipe, "encode_prompts", encode_and_release)
+    _wrap(pipe.vae, "decode", release_and_decode)
+
+
+def keep_memory(pipe: Pipe) -> None:
+    """Freed memory stays with the process while a picture is drawn, in place of going to the system and back. Exact.
+
+    Helps: CPUs, where the system clears every page before its first use, gigabytes a step. Hurts: the memory of other
+    programs, until the picture is done.
+    """
+    from sd.allocator import freed_memory_kept
+
+    _wrap(pipe, "generate", freed_memory_kept())
 
 
 # ---- fused kernels
@@ -603,6 +703,16 @@ def _at_least(minimum: int) -> Callable[[str], int]:
     return read
 
 
+def _gigabytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = -1.0
+    if not 0 <= size < 1000:
+        raise ValueError("gigabytes, as 2.5")
+    return size
+
+
 def _fractions(text: str) -> tuple[float, float]:
     low, _, high = text.partition("-")
     try:
@@ -632,6 +742,7 @@ H100_STEP = {
 GAINS = {
     **{name: f"{gain} (H100 step)" for name, gain in H100_STEP.items()},
     "prepacked": "1.4x alone, 1.2x after channels-last (CPU step at 256x256)",
+    "winograd": "with the other cpu-* and shared-halves 1.85x (CPU step at 256x256)",
     "int8-weights": "none: 0.5 to 1.1 of plain speed on a CPU; UNet weights 3438 to 2629 MB",
 }
 _WEIGHTS_CHANGE = ("packed-qkv",)
@@ -690,7 +801,20 @@ _ALL = (
     ),
     Optimization("channels-last", True, ANYTHING, channels_last, "channels innermost in memory"),
     Optimization("pointwise-linear", True, ANYTHING, pointwise_linear, "1x1 convolutions as matrix products"),
-    # winograd (sd/winograd.py, CPU) belongs here: it replaces 3x3 convolutions in either layout.
+    Optimization(
+        "winograd",
+        True,
+        CPU_FP32,
+        winograd,
+        "3x3 convolutions with a quarter of the multiplications",
+        ("compile",),
+        value=_gigabytes,
+        hint="GB",
+    ),
+    Optimization("cpu-linear", True, CPU_FP32, cpu_linear, "linear layers in C++, with GEGLU", ("compile",)),
+    Optimization("cpu-attention", True, CPU_FP32, cpu_attention, "attention in C++", ("compile",)),
+    Optimization("cpu-norm", True, CPU_FP32, cpu_norm, "norms with SiLU in C++", ("compile",)),
+    Optimization("page-out", True, CPU, page_out, "weights back to their file while not needed"),
     Optimization("packed-qkv", True, ANYTHING, packed_qkv, "q, k and v as one product"),
     Optimization("kv-cache", True, ANYTHING, kv_cache, "the text's keys and values once a prompt"),
     Optimization("time-cache", True, ANYTHING, time_cache, "timestep embeddings from a table"),
@@ -699,9 +823,8 @@ _ALL = (
     Optimization("fused-layernorm", True, SM80, fused_layernorm, "residual and LayerNorm in one kernel"),
     Optimization("fused-geglu", True, SM80, fused_geglu, "GEGLU's gate in one kernel"),
     Optimization("fused-upsample", True, SM80, fused_upsample, "upsampling at the memory's speed"),
-    Optimization(
-        "shared-halves", True, ANYTHING, shared_halves, "what precedes the text once for both guidance halves"
-    ),
+    Optimization("keep-memory", True, GLIBC, keep_memory, "freed memory is used again at once"),
+    Optimization("shared-halves", True, ANYTHING, shared_halves, "what precedes the text, once for both halves"),
     Optimization(
         "deepcache",
         False,
@@ -759,7 +882,14 @@ def _exact(device: torch.device) -> tuple[str, ...]:
         caches = ("packed-qkv", "kv-cache", "time-cache")
         layout = ("attention", "channels-last", "pointwise-linear")
         return (*layout, *caches, *fused, "cuda-graph", "async-noise")
-    return ("channels-last", "prepacked", "packed-qkv", "kv-cache")
+    return _cpu(device)
+
+
+def _cpu(device: torch.device) -> tuple[str, ...]:
+    from sd.allocator import available
+
+    kept = ("keep-memory",) if available() else ()
+    return ("winograd", "cpu-linear", "cpu-attention", "cpu-norm", "kv-cache", "shared-halves", *kept)
 
 
 def _fast(device: torch.device) -> tuple[str, ...]:
@@ -770,6 +900,7 @@ PRESETS: dict[str, tuple[str, ...] | Callable[[torch.device], tuple[str, ...]]] 
     "none": (),
     "original": ("attention", "int8-weights"),
     "exact": _exact,
+    "cpu": _cpu,
     "fast": _fast,
 }
 

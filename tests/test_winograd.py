@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sd import cpu, cpu_kernels, memory, unet, vae, winograd
+from sd import cpu, cpu_kernels, inference, memory, optimize, unet, vae, winograd
+from sd.jobs import UserError
 from sd.winograd import NATIVE, Rates, Use, WinogradConv
 
 BOUND = 1e-5
@@ -327,3 +328,17 @@ def test_page_out_loses_nothing(tmp_path):
     for tensor in (from_file, own, own[5:9]):
         memory.page_out(tensor)
     assert torch.equal(from_file, own)
+
+
+@pytest.mark.parametrize(
+    ("budget", "names"), [("low", "winograd=0.30,page-out"), ("8", "winograd=2.40"), ("4.5", "winograd=0.00,page-out")]
+)
+def test_memory_budget(budget, names):
+    assert inference.memory_options(budget) == names
+    assert optimize.parse(f"cpu,{names}", "cpu")
+
+
+@pytest.mark.parametrize("budget", ["", "x", "3", "nan", "-8"])
+def test_memory_budget_refuses(budget):
+    with pytest.raises(UserError, match="--memory-budget must be low"):
+        inference.memory_options(budget)

@@ -1,0 +1,667 @@
+// The arithmetic of a Stable Diffusion step on CPUs, in fp32; sd/cpu_kernels.py compiles, loads and calls it.
+//
+// Everything rests on one small loop, `micro`: R x (8 * V) numbers of a matrix product that stay in registers. Six rows
+// by two vectors fill AVX2's sixteen registers: twelve sums, two vectors of B, one number of A. B comes in panels: all of
+// K, 16 (or 24) columns at a time, side by side in memory. A is read where it lies.
+// Vectors are GCC's (clang has them too), so nothing here names an instruction set; -march=native picks it.
+// Activations have their channels innermost: [batch, height, width, channels].
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int W = 8;        // numbers in a vector
+constexpr int PANEL = 16;   // columns in a panel of B
+constexpr int64_t DEPTH = 480;      // most numbers that are summed up at once: a panel of them fits into L1
+constexpr int64_t L2 = 64 * 1024;   // numbers of B that a thread works on at a time: 256 KB
+
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef int32_t ivec __attribute__((vector_size(4 * W)));
+typedef vec loose __attribute__((aligned(4), may_alias));  // in memory, at any address
+
+inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
+inline void store(float* p, vec v) { *reinterpret_cast<loose*>(p) = v; }
+inline vec load(const float* p, int64_t count) {
+    if (count == W) return load(p);
+    vec v{};
+    memcpy(&v, p, 4 * count);
+    return v;
+}
+inline void store(float* p, vec v, int64_t count) {
+    if (count == W) return store(p, v);
+    memcpy(p, &v, 4 * count);
+}
+inline vec all(float x) { return vec{x, x, x, x, x, x, x, x}; }
+inline vec larger(vec a, vec b) {
+#ifdef __AVX__
+    return __builtin_ia32_maxps256(a, b);  // what gcc makes of the other line waits for a comparison
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// 2^x, relative error 1e-7; 2^-126 below that.
+inline vec exp2(vec x) {
+    x = larger(x, all(-126.0f));
+    const vec shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to whole numbers, which the low bits then hold
+    const vec f = x - (shifted - 12582912.0f);
+    vec p = f * 1.535336188e-4f + 1.339887440e-3f;
+    p = p * f + 9.618437357e-3f;
+    p = p * f + 5.550332471e-2f;
+    p = p * f + 2.402264791e-1f;
+    p = p * f + 6.931472028e-1f;
+    p = p * f + 1.0f;
+    const vec power = (vec)(((ivec)shifted << 23) + (127 << 23));
+    return p * power;
+}
+
+inline vec exp(vec x) {
+    return exp2(-larger(-x * 1.44269504f, all(-126.0f)));
+}
+
+inline vec silu(vec x) { return x / (exp(-x) + 1.0f); }
+
+// x * Phi(x), with 1 - Phi by Abramowitz and Stegun 7.1.26, whose error is below 1.5e-7.
+inline vec gelu(vec x) {
+    const vec z = (x < 0.0f ? -x : x) * 0.70710678f;
+    const vec t = 1.0f / (z * 0.3275911f + 1.0f);
+    vec p = t * 1.061405429f - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const vec tail = p * t * exp(-z * z) * 0.5f;
+    return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+// ---- memory of a thread's own, which stays for the next call
+
+struct Scratch {
+    float* data = nullptr;
+    int64_t bytes = 0;
+    float* get(int64_t numbers) {
+        if (4 * numbers > bytes) {
+            if (data) munmap(data, bytes);
+            bytes = (4 * numbers + (1 << 21) - 1) >> 21 << 21;
+            data = static_cast<float*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+            madvise(data, bytes, MADV_HUGEPAGE);  // 36 streams a large stride apart would miss the TLB in small pages
+        }
+        return data;
+    }
+    ~Scratch() {
+        if (data) munmap(data, bytes);
+    }
+};
+
+thread_local Scratch shared_scratch, own_scratch;  // of the calling thread for all; of each thread for itself
+
+// ---- matrix products
+
+enum Finish { PLAIN, GEGLU };
+
+struct Out {
+    float* c;
+    int64_t ldc;
+    const float* bias;      // of these columns, or null
+    const float* residual;  // as c lies, or null
+};
+
+// C[R, V * W] (+)= A[R, K] B[K, V * W]; the first pass starts from the bias, the last adds the residual.
+// Each pass sums from zero before it adds to C: shorter sums round less.
+template <int R, int V, Finish F>
+void micro(const float* a, int64_t lda, const float* b, int64_t k, Out out, bool first, bool last) {
+    vec sum[R][V];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < V; j++)
+            sum[i][j] = first && out.bias ? load(out.bias + j * W) : vec{};
+    for (int64_t x = 0; x < k; x++, a++, b += V * W) {
+        vec row[V];
+#pragma GCC unroll 8
+        for (int j = 0; j < V; j++) row[j] = load(b + j * W);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+            const vec number = all(a[i * lda]);
+#pragma GCC unroll 8
+            for (int j = 0; j < V; j++) sum[i][j] += number * row[j];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+        if (F == GEGLU) {  // a panel is 8 columns of the value and the gate's same 8
+            store(out.c + i * out.ldc, sum[i][0] * gelu(sum[i][V - 1]));
+            continue;
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < V; j++) {
+            if (!first) sum[i][j] += load(out.c + i * out.ldc + j * W);
+            if (last && out.residual) sum[i][j] += load(out.residual + i * out.ldc + j * W);
+            store(out.c + i * out.ldc + j * W, sum[i][j]);
+        }
+    }
+}
+
+template <int V, Finish F>
+void some_rows(int rows, const float* a, int64_t lda, const float* b, int64_t k, Out out, bool first, bool last) {
+    switch (rows) {
+        case 1: return micro<1, V, F>(a, lda, b, k, out, first, last);
+        case 2: return micro<2, V, F>(a, lda, b, k, out, first, last);
+        case 3: return micro<3, V, F>(a, lda, b, k, out, first, last);
+        case 4: return micro<4, V, F>(a, lda, b, k, out, first, last);
+        case 5: return micro<5, V, F>(a, lda, b, k, out, first, last);
+        default: return micro<6, V, F>(a, lda, b, k, out, first, last);
+    }
+}
+
+// The product of some rows and one panel whose last columns may not be there.
+template <Finish F>
+void panel(int rows, const float* a, int64_t lda, const float* b, int64_t k, Out out, int columns, bool first, bool last) {
+    constexpr int whole = F == GEGLU ? W : PANEL;
+    if (columns == whole) return some_rows<2, F>(rows, a, lda, b, k, out, first, last);
+    float part[6][PANEL];
+    for (int i = 0; i < rows; i++)
+        if (!first) memcpy(part[i], out.c + i * out.ldc, 4 * columns);
+    some_rows<2, F>(rows, a, lda, b, k, {part[0], PANEL, out.bias, nullptr}, first, last);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++)
+            out.c[i * out.ldc + j] = part[i][j] + (last && out.residual ? out.residual[i * out.ldc + j] : 0);
+}
+
+// Rows of A that stay in L2 while all panels pass: half as many numbers as of B.
+inline int64_t rows_at_once(int64_t depth) { return std::max<int64_t>(6, L2 / 2 / depth / 6 * 6); }
+
+// A panel from weights [columns, k] that lie row by row.
+void pack(float* b, const float* weight, int64_t ldw, int64_t k, int columns) {
+    for (int j = 0; j < columns; j++)
+        for (int64_t x = 0; x < k; x++) b[x * PANEL + j] = weight[j * ldw + x];
+    for (int j = columns; j < PANEL; j++)
+        for (int64_t x = 0; x < k; x++) b[x * PANEL + j] = 0;
+}
+
+// Columns n0.. of out = x weight^T + bias, all rows from m0 to m1.
+template <Finish F>
+void linear_block(const float* x, int64_t ldx, const float* weight, const float* bias, const float* residual, float* out,
+                  int64_t m0, int64_t m1, int64_t k, int64_t n, int64_t n0, int64_t n1, int64_t kc, float* packed) {
+    constexpr int step = F == GEGLU ? W : PANEL;
+    float biases[PANEL];
+    for (int64_t k0 = 0; k0 < k; k0 += kc) {
+        const int64_t depth = std::min(kc, k - k0);
+        for (int64_t j = n0; j < n1; j += step) {
+            float* b = packed + (j - n0) / step * depth * PANEL;
+            const int columns = std::min<int64_t>(step, n1 - j);
+            if (F == PLAIN) {
+                pack(b, weight + j * k + k0, k, depth, columns);
+            } else {
+                for (int64_t d = 0; d < depth; d++)
+                    for (int c = 0; c < W; c++) {
+                        b[d * PANEL + c] = weight[(j + c) * k + k0 + d];
+                        b[d * PANEL + W + c] = weight[(n + j + c) * k + k0 + d];
+                    }
+            }
+        }
+        for (int64_t i0 = m0; i0 < m1; i0 += rows_at_once(depth))
+            for (int64_t j = n0; j < n1; j += step) {
+                const int columns = std::min<int64_t>(step, n1 - j);
+                memset(biases, 0, sizeof biases);
+                if (bias) memcpy(biases, bias + j, 4 * columns);
+                if (bias && F == GEGLU) memcpy(biases + W, bias + n + j, 4 * columns);
+                const float* b = packed + (j - n0) / step * depth * PANEL;
+                for (int64_t i = i0; i < std::min(m1, i0 + rows_at_once(depth)); i += 6) {
+                    const Out to = {out + i * n + j, n, biases, residual ? residual + i * n + j : nullptr};
+                    panel<F>(std::min<int64_t>(6, m1 - i), x + i * ldx + k0, ldx, b, depth, to, columns, k0 == 0,
+                             k0 + depth == k);
+                }
+            }
+    }
+}
+
+template <Finish F>
+void linear(const float* x, int64_t ldx, const float* weight, const float* bias, const float* residual, float* out,
+            int64_t m, int64_t k, int64_t n, int threads) {
+    constexpr int step = F == GEGLU ? W : PANEL;
+    const int64_t splits = F == GEGLU ? 1 : (k + DEPTH - 1) / DEPTH;
+    const int64_t kc = (k + splits - 1) / splits;
+    // Each task packs its own columns, which pays from some hundred rows on.
+    int64_t nc = std::max<int64_t>(1, L2 / (kc * PANEL));
+    while (nc > 1 && ((n + nc * step - 1) / (nc * step)) * ((m + 767) / 768) < 4 * threads) nc--;
+    const int64_t chunks = (n + nc * step - 1) / (nc * step);
+    const int64_t parts = (m + 767) / 768, per = ((m + parts - 1) / parts + 5) / 6 * 6;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+            const int64_t m0 = part * per, m1 = std::min(m, m0 + per);
+            const int64_t n0 = chunk * nc * step, n1 = std::min(n, n0 + nc * step);
+            if (m0 < m1)
+                linear_block<F>(x, ldx, weight, bias, residual, out, m0, m1, k, n, n0, n1, kc,
+                                own_scratch.get(nc * kc * PANEL));
+        }
+}
+
+// ---- Winograd
+
+template <int M>
+struct Transform;
+
+template <>
+struct Transform<2> {
+    static void input(vec d[4]) {
+        const vec a = d[0] - d[2], b = d[1] + d[2], c = d[2] - d[1], e = d[1] - d[3];
+        d[0] = a, d[1] = b, d[2] = c, d[3] = e;
+    }
+    static void output(const vec p[4], vec y[2]) { y[0] = p[0] + p[1] + p[2], y[1] = p[1] - p[2] - p[3]; }
+};
+
+template <>
+struct Transform<4> {
+    static void input(vec d[6]) {
+        const vec even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
+        const vec even2 = d[4] - d[2], odd2 = 2.0f * (d[3] - d[1]);
+        const vec first = 4.0f * d[0] - 5.0f * d[2] + d[4], last = 4.0f * d[1] - 5.0f * d[3] + d[5];
+        d[0] = first, d[1] = even + odd, d[2] = even - odd, d[3] = even2 + odd2, d[4] = even2 - odd2, d[5] = last;
+    }
+    static void output(const vec p[6], vec y[4]) {
+        const vec sum = p[1] + p[2], difference = p[1] - p[2], sum2 = p[3] + p[4], difference2 = p[3] - p[4];
+        y[0] = p[0] + sum + sum2, y[1] = difference + 2.0f * difference2;
+        y[2] = sum + 4.0f * sum2, y[3] = difference + 8.0f * difference2 + p[5];
+    }
+};
+
+struct Conv {
+    const float* x;
+    int64_t batch, height, width, c_in;  // height and width of the output: x has half of them if it is upsampled
+    int upsampled;
+    const float* kernel;  // [active numbers of a patch, panels, c_in, PANEL]
+    int64_t c_out;
+    const float* bias;  // [batch or 1, c_out]
+    int64_t bias_stride;
+    const float* residual;
+    float* out;
+};
+
+// The patch of tile t, transformed: number i of each channel goes to v + i * stride.
+template <int M>
+void transform_patch(const Conv& s, int64_t t, float* v, int64_t stride) {
+    constexpr int N = M + 2;
+    const int64_t across = (s.width + M - 1) / M, down = (s.height + M - 1) / M;
+    const int64_t top = t / across % down * M - 1, left = t % across * M - 1, b = t / across / down;
+    const int64_t h = s.height >> s.upsampled, w = s.width >> s.upsampled;
+    const float* from[N][N];
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < N; j++) {
+            const int64_t y = top + i, x = left + j;
+            const bool inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
+            from[i][j] = inside ? s.x + ((b * h + (y >> s.upsampled)) * w + (x >> s.upsampled)) * s.c_in : nullptr;
+        }
+    for (int64_t c = 0; c < s.c_in; c += W) {
+        vec d[N][N], column[N];
+#pragma GCC unroll 8
+        for (int j = 0; j < N; j++) {
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i++) column[i] = from[i][j] ? load(from[i][j] + c) : vec{};
+            Transform<M>::input(column);
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i++) d[i][j] = column[i];
+        }
+        float* to = v + c;
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) {
+            Transform<M>::input(d[i]);
+            if (s.upsampled && i == 2) continue;  // zero, see sd/winograd.py
+#pragma GCC unroll 8
+            for (int j = 0; j < N; j++) {
+                if (s.upsampled && j == 2) continue;
+                store(to, d[i][j]);
+                to += stride;
+            }
+        }
+    }
+}
+
+// The products p of tile t back to M x M positions of the output.
+template <int M>
+void transform_products(const Conv& s, int64_t t, const float* p, int64_t stride) {
+    constexpr int N = M + 2;
+    const int64_t across = (s.width + M - 1) / M, down = (s.height + M - 1) / M;
+    const int64_t top = t / across % down * M, left = t % across * M, b = t / across / down;
+    const int64_t rows = std::min<int64_t>(M, s.height - top), columns = std::min<int64_t>(M, s.width - left);
+    for (int64_t c = 0; c < s.c_out; c += W) {
+        vec y[M][N];
+        const int64_t channels = std::min<int64_t>(W, s.c_out - c);
+        const vec bias = s.bias ? load(s.bias + b * s.bias_stride + c, channels) : vec{};
+        const float* number = p + c;
+        vec d[N][N];
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++)
+#pragma GCC unroll 8
+            for (int j = 0; j < N; j++) {
+                d[i][j] = vec{};
+                if (s.upsampled && (i == 2 || j == 2)) continue;
+                d[i][j] = load(number);
+                number += stride;
+            }
+#pragma GCC unroll 8
+        for (int j = 0; j < N; j++) {
+            vec column[N], short_column[M];
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i++) column[i] = d[i][j];
+            Transform<M>::output(column, short_column);
+#pragma GCC unroll 8
+            for (int i = 0; i < M; i++) y[i][j] = short_column[i];
+        }
+        for (int i = 0; i < rows; i++) {
+            vec row[M];
+            Transform<M>::output(y[i], row);
+            for (int j = 0; j < columns; j++) {
+                const int64_t at = ((b * s.height + top + i) * s.width + left + j) * s.c_out + c;
+                const vec value = row[j] + bias;
+                store(s.out + at, s.residual ? value + load(s.residual + at, channels) : value, channels);
+            }
+        }
+    }
+}
+
+// products = patches kernel, for one number of the patch, all tiles of a block and some panels.
+void multiply(const Conv& s, const float* patches, const float* kernel, float* products, int64_t columns, int64_t tiles,
+              int64_t first, int64_t end, int64_t kc) {
+    for (int64_t k0 = 0; k0 < s.c_in; k0 += kc) {
+        const int64_t depth = std::min(kc, s.c_in - k0), many = rows_at_once(depth);
+        for (int64_t t0 = 0; t0 < tiles; t0 += many)
+            for (int64_t p = first; p < end; p++)
+                for (int64_t t = t0; t < std::min(tiles, t0 + many); t += 6)
+                    some_rows<2, PLAIN>(std::min<int64_t>(6, tiles - t), patches + t * s.c_in + k0, s.c_in,
+                                        kernel + (p * s.c_in + k0) * PANEL, depth,
+                                        {products + t * columns + p * PANEL, columns, nullptr, nullptr}, k0 == 0, false);
+    }
+}
+
+template <int M>
+void winograd(const Conv& s, int threads) {
+    constexpr int N = M + 2;
+    const int64_t numbers = s.upsampled ? (N - 1) * (N - 1) : N * N;
+    const int64_t panels = (s.c_out + PANEL - 1) / PANEL, columns = panels * PANEL;
+    const int64_t tiles = s.batch * ((s.height + M - 1) / M) * ((s.width + M - 1) / M);
+    // Patches and products of a block of tiles are to stay in the last cache.
+    const int64_t fit = (4 << 20) / (numbers * (s.c_in + columns));
+    const int64_t block = std::min(tiles, std::max<int64_t>(48, fit / 6 * 6));
+    const int64_t splits = (s.c_in + DEPTH - 1) / DEPTH, kc = (s.c_in + splits - 1) / splits;
+    const int64_t nc = std::max<int64_t>(1, std::min(panels, L2 / (kc * PANEL)));
+    const int64_t chunks = (panels + nc - 1) / nc;
+    float* patches = shared_scratch.get(numbers * block * (s.c_in + columns));
+    float* products = patches + numbers * block * s.c_in;
+#pragma omp parallel num_threads(threads)
+    for (int64_t start = 0; start < tiles; start += block) {
+        const int64_t count = std::min(block, tiles - start);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < count; t++)
+            transform_patch<M>(s, start + t, patches + t * s.c_in, block * s.c_in);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t number = 0; number < numbers; number++)
+            for (int64_t chunk = 0; chunk < chunks; chunk++)
+                multiply(s, patches + number * block * s.c_in, s.kernel + number * panels * s.c_in * PANEL,
+                         products + number * block * columns, columns, count, chunk * nc,
+                         std::min(panels, (chunk + 1) * nc), kc);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < count; t++)
+            transform_products<M>(s, start + t, products + t * columns, block * columns);
+    }
+}
+
+// G g G^T of weight [c_out, c_in, 3, 3], any strides, in panels: numbers with row or column `left_out` are not kept.
+void transform_kernel(const float* weight, const int64_t* strides, int64_t c_in, int64_t c_out, int n, const double* g,
+                      int left_out, float* kernel, int threads) {
+    const int64_t panels = (c_out + PANEL - 1) / PANEL, stride = panels * c_in * PANEL;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t c = 0; c < c_in; c++) {
+            double w[3][3][PANEL] = {}, rows[6][3][PANEL];  // 16 output channels at once
+            for (int64_t o = 0; o < std::min<int64_t>(PANEL, c_out - p * PANEL); o++)
+                for (int i = 0; i < 9; i++)
+                    w[i / 3][i % 3][o] = weight[(p * PANEL + o) * strides[0] + c * strides[1] + i / 3 * strides[2] +
+                                                i % 3 * strides[3]];
+            for (int i = 0; i < n; i++)
+                for (int b = 0; b < 3; b++)
+                    for (int o = 0; o < PANEL; o++)
+                        rows[i][b][o] = g[i * 3] * w[0][b][o] + g[i * 3 + 1] * w[1][b][o] + g[i * 3 + 2] * w[2][b][o];
+            float* to = kernel + (p * c_in + c) * PANEL;
+            for (int i = 0; i < n; i++)
+                for (int j = 0; j < n; j++) {
+                    if (i == left_out || j == left_out) continue;
+                    for (int o = 0; o < PANEL; o++)
+                        to[o] = rows[i][0][o] * g[j * 3] + rows[i][1][o] * g[j * 3 + 1] + rows[i][2][o] * g[j * 3 + 2];
+                    to += stride;
+                }
+        }
+}
+
+// ---- attention
+
+struct Attention {
+    const float *q, *k, *v;
+    float* out;  // [batch, queries, heads * size]
+    int64_t batch, heads, queries, keys, size;
+    int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;  // strides
+};
+
+constexpr int64_t QUERIES = 48;  // of a task
+
+// The width of the next panel of V: 24 where 40 columns are left, since 40 = 16 + 24 leaves none empty.
+inline int64_t value_panel(int64_t left) { return left == 24 ? 24 : PANEL; }
+
+void pack_keys(const Attention& s, int64_t b, int64_t h, int64_t padded, float* keys, float* values) {
+    for (int64_t j = 0; j < padded; j += PANEL)
+        for (int64_t c = 0; c < PANEL; c++)
+            for (int64_t d = 0; d < s.size; d++)
+                keys[j * s.size + d * PANEL + c] =
+                    j + c < s.keys ? s.k[b * s.k_batch + h * s.k_head + (j + c) * s.k_row + d] : 0;
+    for (int64_t d = 0; d < s.size;) {
+        const int64_t width = value_panel(s.size - d);
+        for (int64_t j = 0; j < padded; j++)
+            for (int64_t c = 0; c < width; c++)
+                values[d * padded + j * width + c] =
+                    j < s.keys && d + c < s.size ? s.v[b * s.v_batch + h * s.v_head + j * s.v_row + d + c] : 0;
+        d += width;
+    }
+}
+
+// One row of scores to exponentials; returns what the sums so far must be multiplied by.
+inline float softmax_row(float* row, int64_t count, int64_t padded, float& highest, float& total) {
+    for (int64_t j = count; j < padded; j++) row[j] = -INFINITY;
+    vec most = all(highest), more = most;
+    for (int64_t j = 0; j < padded; j += 2 * W) most = larger(most, load(row + j)), more = larger(more, load(row + j + W));
+    most = larger(most, more);
+    float top = most[0];
+    for (int j = 1; j < W; j++) top = std::max(top, most[j]);
+    const float scale = std::exp2(highest - top);
+    vec sum{};
+    for (int64_t j = 0; j < padded; j += W) {
+        const vec e = exp2(load(row + j) - top);
+        sum += e;
+        store(row + j, e);
+    }
+    float added = 0;
+    for (int j = 0; j < W; j++) added += sum[j];
+    total = total * scale + added;
+    highest = top;
+    return scale;
+}
+
+// Some queries against all keys of a head, a chunk of keys at a time, as in FlashAttention (Dao et al. 2022).
+void attend(const Attention& s, int64_t b, int64_t h, int64_t first, int64_t padded, int64_t chunk, const float* keys,
+            const float* values) {
+    const int64_t rows = std::min(QUERIES, s.queries - first), width = (s.size + PANEL - 1) / PANEL * PANEL + W;
+    float* q = own_scratch.get(QUERIES * (s.size + width + chunk));
+    float *sums = q + QUERIES * s.size, *scores = sums + QUERIES * width;
+    float highest[QUERIES], total[QUERIES];
+    const float scale = 1.44269504f / std::sqrt(float(s.size));  // and so powers of 2 in place of e
+    for (int64_t i = 0; i < rows; i++) {
+        const float* row = s.q + b * s.q_batch + h * s.q_head + (first + i) * s.q_row;
+        for (int64_t d = 0; d < s.size; d++) q[i * s.size + d] = row[d] * scale;
+        highest[i] = -1e30f, total[i] = 0;
+    }
+    memset(sums, 0, 4 * QUERIES * width);
+    for (int64_t start = 0; start < padded; start += chunk) {
+        const int64_t count = std::min(chunk, padded - start);
+        for (int64_t j = 0; j < count; j += PANEL)
+            for (int64_t i = 0; i < rows; i += 6)
+                some_rows<2, PLAIN>(std::min<int64_t>(6, rows - i), q + i * s.size, s.size, keys + (start + j) * s.size,
+                                    s.size, {scores + i * chunk + j, chunk, nullptr, nullptr}, true, false);
+        for (int64_t i = 0; i < rows; i++) {
+            const float factor =
+                softmax_row(scores + i * chunk, std::min(count, s.keys - start), count, highest[i], total[i]);
+            if (factor != 1)
+                for (int64_t d = 0; d < width; d += W) store(sums + i * width + d, load(sums + i * width + d) * factor);
+        }
+        for (int64_t d = 0; d < s.size;) {
+            const int64_t wide = value_panel(s.size - d);
+            const float* panel = values + d * padded + start * wide;
+            const int64_t step = wide == 24 ? 4 : 6;
+            for (int64_t i = 0; i < rows; i += step) {
+                const Out to = {sums + i * width + d, width, nullptr, nullptr};
+                const int some = std::min(step, rows - i);
+                if (wide == 24)
+                    some_rows<3, PLAIN>(some, scores + i * chunk, chunk, panel, count, to, false, false);
+                else
+                    some_rows<2, PLAIN>(some, scores + i * chunk, chunk, panel, count, to, false, false);
+            }
+            d += wide;
+        }
+    }
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t d = 0; d < s.size; d++)
+            s.out[((b * s.queries + first + i) * s.heads + h) * s.size + d] = sums[i * width + d] / total[i];
+}
+
+}  // namespace
+
+extern "C" {
+
+// out [m, n] = x [m, k] weight [n, k]^T + bias [n] + residual [m, n]; rows of x are ldx apart; bias and residual may be null.
+void sd_linear(const float* x, int64_t ldx, const float* weight, const float* bias, const float* residual, float* out,
+               int64_t m, int64_t k, int64_t n, int threads) {
+    linear<PLAIN>(x, ldx, weight, bias, residual, out, m, k, n, threads);
+}
+
+// out [m, n] = value * gelu(gate), both halves of x [m, k] weight [2 n, k]^T + bias [2 n]; n is a multiple of 8.
+void sd_geglu(const float* x, int64_t ldx, const float* weight, const float* bias, float* out, int64_t m, int64_t k,
+              int64_t n, int threads) {
+    linear<GEGLU>(x, ldx, weight, bias, nullptr, out, m, k, n, threads);
+}
+
+void sd_winograd(const float* x, int64_t batch, int64_t height, int64_t width, int64_t c_in, int upsampled,
+                 const float* kernel, int64_t c_out, const float* bias, int64_t bias_stride, const float* residual,
+                 float* out, int m, int threads) {
+    const Conv s = {x, batch, height, width, c_in, upsampled, kernel, c_out, bias, bias_stride, residual, out};
+    m == 4 ? winograd<4>(s, threads) : winograd<2>(s, threads);
+}
+
+// kernel [(n or n - 1)^2, panels, c_in, 16] from weight [c_out, c_in, 3, 3] and G [n, 3]; left_out is 2 or -1.
+void sd_winograd_kernel(const float* weight, const int64_t* strides, int64_t c_in, int64_t c_out, int n, const double* g,
+                        int left_out, float* kernel, int threads) {
+    transform_kernel(weight, strides, c_in, c_out, n, g, left_out, kernel, threads);
+}
+
+// Strides count numbers; a head's numbers lie side by side.
+void sd_attention(const float* q, const float* k, const float* v, float* out, int64_t batch, int64_t heads,
+                  int64_t queries, int64_t keys, int64_t size, const int64_t* strides, int threads) {
+    const Attention s = {q,          k,          v,          out,        batch,      heads,      queries,   keys,      size,
+                         strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], strides[6], strides[7],
+                         strides[8]};
+    const int64_t padded = (keys + PANEL - 1) / PANEL * PANEL;
+    const int64_t chunk = std::min(padded, std::max<int64_t>(64, std::min<int64_t>(256, 20480 / size / PANEL * PANEL)));
+    const int64_t width = (size + PANEL - 1) / PANEL * PANEL + W, one = padded * (size + width);
+    float* packed = shared_scratch.get(batch * heads * one);
+    const int64_t blocks = (queries + QUERIES - 1) / QUERIES;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < batch * heads; i++)
+            pack_keys(s, i / heads, i % heads, padded, packed + i * one, packed + i * one + padded * size);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t i = 0; i < batch * heads; i++)
+            for (int64_t block = 0; block < blocks; block++)
+                attend(s, i / heads, i % heads, block * QUERIES, padded, chunk, packed + i * one,
+                       packed + i * one + padded * size);
+    }
+}
+
+// x [batch, positions, channels]: to mean 0 and variance 1 over each group of channels, times gain plus shift, then SiLU.
+void sd_group_norm(const float* x, float* out, int64_t batch, int64_t positions, int64_t channels, int64_t groups,
+                   const float* gain, const float* shift, float eps, int with_silu, int threads) {
+    const int64_t part = 256, parts = (positions + part - 1) / part, in_group = channels / groups;
+    // Sums of differences from the first position, which is near enough to the mean for the squares not to cancel.
+    float* sums = shared_scratch.get(batch * channels * 2 * (parts + 1));
+    float* affine = sums + batch * parts * 2 * channels;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t p = 0; p < parts; p++) {
+                const float* origin = x + b * positions * channels;
+                float *sum = sums + (b * parts + p) * 2 * channels, *squares = sum + channels;
+                memset(sum, 0, 8 * channels);
+                for (int64_t i = p * part; i < std::min(positions, (p + 1) * part); i++)
+                    for (int64_t c = 0; c < channels; c += W) {
+                        const vec d = load(x + (b * positions + i) * channels + c) - load(origin + c);
+                        store(sum + c, load(sum + c) + d);
+                        store(squares + c, load(squares + c) + d * d);
+                    }
+            }
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t g = 0; g < groups; g++) {
+                const float* origin = x + b * positions * channels;
+                double mean = 0, square = 0, within = 0;
+                for (int64_t c = g * in_group; c < (g + 1) * in_group; c++) {
+                    double sum = 0, squares = 0;
+                    for (int64_t p = 0; p < parts; p++) {
+                        sum += sums[(b * parts + p) * 2 * channels + c];
+                        squares += sums[(b * parts + p) * 2 * channels + channels + c];
+                    }
+                    const double of_channel = origin[c] + sum / positions;
+                    mean += of_channel / in_group, square += of_channel * of_channel / in_group;
+                    within += (squares - sum * sum / positions) / positions / in_group;
+                }
+                const double scale = 1 / std::sqrt(within + std::max(0.0, square - mean * mean) + eps);
+                for (int64_t c = g * in_group; c < (g + 1) * in_group; c++) {
+                    affine[b * 2 * channels + c] = scale * gain[c];
+                    affine[b * 2 * channels + channels + c] = shift[c] - mean * scale * gain[c];
+                }
+            }
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t i = 0; i < positions; i++) {
+                const float *a = affine + b * 2 * channels, *from = x + (b * positions + i) * channels;
+                for (int64_t c = 0; c < channels; c += W) {
+                    const vec y = load(from + c) * load(a + c) + load(a + channels + c);
+                    store(out + (b * positions + i) * channels + c, with_silu ? silu(y) : y);
+                }
+            }
+    }
+}
+
+// Each row of x [rows, channels] to mean 0 and variance 1, times gain plus shift.
+void sd_layer_norm(const float* x, float* out, int64_t rows, int64_t channels, const float* gain, const float* shift,
+                   float eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < rows; i++) {
+        const float* from = x + i * channels;
+        vec sum{}, squares{};
+        for (int64_t c = 0; c < channels; c += W) sum += load(from + c);
+        float mean = 0, variance = 0;
+        for (int j = 0; j < W; j++) mean += sum[j] / channels;
+        for (int64_t c = 0; c < channels; c += W) {
+            const vec d = load(from + c) - mean;
+            squares += d * d;
+        }
+        for (int j = 0; j < W; j++) variance += squares[j] / channels;
+        const float scale = 1 / std::sqrt(variance + eps);
+        for (int64_t c = 0; c < channels; c += W)
+            store(out + i * channels + c, (load(from + c) - mean) * scale * load(gain + c) + load(shift + c));
+    }
+}
+}

@@ -1,0 +1,322 @@
+"""3x3 convolutions by Winograd's algorithm (Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks").
+
+F(m x m, 3 x 3) makes an m x m tile of the output from a patch of (m + 2) x (m + 2) of the input:
+
+    Y = A^T [ (G g G^T) * (B^T d B) ] A
+
+where d is the patch, g the 3x3 kernel, and * multiplies number by number. Over all channels and tiles each of the
+(m + 2)^2 numbers becomes a matrix product [tiles, C_in] x [C_in, C_out]. F(4x4) so multiplies 36 times for 16 outputs
+where the direct way takes 144: a quarter; F(2x2) takes 16 for 4, four ninths. The kernels' transform G g G^T is made
+once a model, and is larger than the kernel: 4 times in F(4x4), 16/9 times in F(2x2). So F(4x4) of every layer of
+SD 1.5 would take 8.7 GB; `plan` spends a budget of memory where a byte saves the most time.
+
+After a nearest-neighbour upsampling by two, each patch repeats rows: a b b c c d. The third row of F(4x4)'s B^T,
+0 4 -4 -1 1 0, then gives 0, as F(2x2)'s does, and so for columns: 25 products are left of 36, 9 of 16. The C++ kernels
+leave these out, and read the small grid without ever making the large one.
+
+Rounding: relative 1e-6 to 5e-6 a layer in fp32 (the direct way: 3e-7 to 1e-6). Larger tiles would round far worse.
+
+Axes: B batch, C channels, H W grid, T tiles, N = n * n numbers of a patch, n = m + 2.
+"""
+
+import functools
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sd import cpu_kernels, unet, vae
+from sd.cache import stamp
+from sd.memory import mapped, page_out
+from sd.model_loader import build
+
+log = logging.getLogger(__name__)
+
+# The transforms by m, as in the paper; every number is exact in fp32.
+INPUT = {  # B^T [n, n]
+    2: [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
+    4: [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ],
+}
+KERNEL = {  # G [n, 3]
+    2: [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
+    4: [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ],
+}
+OUTPUT = {  # A^T [m, n]
+    2: [[1, 1, 1, 0], [0, 1, -1, -1]],
+    4: [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
+}
+WORKSPACE = 64_000_000  # numbers that a call's patches and products may take
+
+
+@functools.cache
+def matrices(m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """B^T [n, n], G [n, 3] and A^T [m, n]."""
+    return tuple(torch.tensor(table[m], dtype=torch.float64).to(dtype) for table in (INPUT, KERNEL, OUTPUT))
+
+
+def transform_kernel(weight: Tensor, m: int) -> Tensor:
+    """weight [C_out, C_in, 3, 3] -> G g G^T as [N, C_in, C_out], computed in float64."""
+    _, g, _ = matrices(m, torch.float64)
+    parts = [  # by output channels, so that the float64 numbers take little memory
+        torch.einsum("ia,ocab,jb->ijco", g, part.double(), g).flatten(0, 1).to(weight.dtype)
+        for part in weight.detach().split(64)
+    ]
+    return torch.cat(parts, dim=2)
+
+
+def winograd_conv(x: Tensor, kernel: Tensor, bias: Tensor | None, m: int) -> Tensor:
+    """The convolution with padding 1: x [B, C_in, H, W], kernel from `transform_kernel` -> [B, C_out, H, W].
+
+    Best with channels innermost in memory, as the result has them. Some rows of tiles at a time.
+    """
+    height, width = x.shape[-2:]
+    down, across = -(-height // m), -(-width // m)
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, m * across - width + 1, 1, m * down - height + 1))
+    y = x.new_empty(x.shape[0], m * down, m * across, kernel.shape[2])
+    per_row = x.shape[0] * across * kernel.shape[0] * (kernel.shape[1] + kernel.shape[2])
+    rows = max(1, WORKSPACE // per_row)
+    for top in range(0, down, rows):
+        bottom = min(top + rows, down)
+        y[:, m * top : m * bottom] = _tile_rows(x[:, m * top : m * bottom + 2], kernel, bias, m)
+    return y[:, :height, :width].permute(0, 3, 1, 2)
+
+
+def _tile_rows(x: Tensor, kernel: Tensor, bias: Tensor | None, m: int) -> Tensor:
+    """Whole tiles: x [B, m * rows + 2, m * columns + 2, C_in] -> [B, m * rows, m * columns, C_out]."""
+    n = m + 2
+    b, _, a = matrices(m, x.dtype)
+    patches = x.unfold(1, n, m).unfold(2, n, m)  # [B, rows, columns, C_in, n, n]
+    batch, rows, columns, channels = patches.shape[:4]
+    d = patches.permute(4, 5, 0, 1, 2, 3).reshape(n, n, -1)
+    d = b @ (b @ d.flatten(1)).view(n, n, -1)
+    products = torch.bmm(d.view(n * n, -1, channels), kernel)
+    y = a @ (a @ products.view(n, -1)).view(m, n, -1)  # [m, m, T * C_out]
+    y = y.view(m, m, batch, rows, columns, -1).permute(2, 3, 0, 4, 1, 5)
+    y = y.reshape(batch, m * rows, m * columns, -1)
+    return y if bias is None else y.add_(bias)
+
+
+# ---- which algorithm, where
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s of the direct convolution and of the products, bytes/s of memory: 2 cores with AVX2."""
+
+    direct: float = 150e9
+    products: float = 107e9
+    memory: float = 12e9
+
+
+NATIVE = Rates(direct=150e9, products=165e9, memory=15e9)  # of cpu_kernels.cpp
+
+
+def seconds(m: int, positions: int, c_in: int, c_out: int, rates: Rates) -> float:
+    """What a convolution onto so many positions should take, by F(m x m), or directly for m = 0."""
+    if m == 0:
+        return 18 * positions * c_in * c_out / rates.direct
+    n2 = (m + 2) ** 2
+    tiles = -(-positions // m**2)
+    moved = 4 * n2 * (2 * tiles * (c_in + c_out) + c_in * c_out)
+    return 2 * n2 * tiles * c_in * c_out / rates.products + moved / rates.memory
+
+
+@dataclass(frozen=True)
+class Use:
+    """A layer, the positions of its output over the whole batch, how often it runs in a picture, and how many bytes of
+    its weights can go back to the file that they are mapped from."""
+
+    layer: nn.Conv2d
+    positions: int
+    calls: int
+    replaced: int = 0
+
+    @property
+    def kept(self) -> bool:
+        return self.calls > 1
+
+    def seconds(self, m: int, rates: Rates) -> float:
+        return self.calls * seconds(m, self.positions, self.layer.in_channels, self.layer.out_channels, rates)
+
+    def bytes(self, m: int) -> int:
+        """What F(m x m) takes more than the direct way: nothing where the kernel is made anew for its one call."""
+        if m == 0 or not self.kept:
+            return 0
+        return 4 * (m + 2) ** 2 * self.layer.in_channels * self.layer.out_channels - self.replaced
+
+
+def plan(uses: Iterable[Use], budget: int, rates: Rates) -> dict[nn.Conv2d, int]:
+    """m for each layer, 0 for the direct way, whose transformed kernels take no more than `budget` bytes in all.
+
+    The choices that save the most time a byte come first; so a layer gets F(2x2), and F(4x4) if that much is left.
+    """
+    uses = list(uses)
+    chosen = {use.layer: 0 for use in uses}
+    choices = [(use, m) for use in uses for m in (2, 4)]
+    saved = {choice: choice[0].seconds(0, rates) - choice[0].seconds(choice[1], rates) for choice in choices}
+    for use, m in sorted(choices, key=lambda choice: -saved[choice] / max(1, choice[0].bytes(choice[1]))):
+        before = chosen[use.layer]
+        more = use.bytes(m) - use.bytes(before)
+        if saved[use, m] > saved.get((use, before), 0) and more <= budget:
+            chosen[use.layer] = m
+            budget -= more
+    return chosen
+
+
+def is_winograd(layer: nn.Module) -> bool:
+    """Whether it is a 3x3 convolution of stride 1 that keeps the grid, with enough channels to be worth it."""
+    return (
+        type(layer) is nn.Conv2d
+        and layer.kernel_size == (3, 3)
+        and (layer.stride, layer.padding, layer.dilation, layer.groups) == ((1, 1), (1, 1), (1, 1), 1)
+        and layer.in_channels % 8 == 0
+    )
+
+
+SMALL_GRID = 256  # positions
+
+
+class WinogradConv(nn.Conv2d):
+    """A 3x3 convolution with F(m x m), where that is faster than the direct way on the grid at hand.
+
+    native: whether the C++ kernels do it. upsampled: whether `run` upsamples its input. kept: whether the transformed
+    kernel is kept for the next call.
+    """
+
+    m: int
+    rates: Rates
+    native: bool
+    upsampled: bool
+    kept: bool
+    kernel: Tensor
+    kernel_stamp: tuple
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+    def run(self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """The convolution plus shift [B or 1, C_out] plus residual [B, C_out, H, W]."""
+        fast = self.faster(x)
+        if fast and self.native:
+            bias = self.bias if shift is None else self.bias + shift
+            options = {"upsampled": self.upsampled, "m": self.m}
+            return cpu_kernels.winograd(x, self.transformed(), self.out_channels, bias, residual, **options)
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest") if self.upsampled else x
+        y = winograd_conv(x, self.transformed(), self.bias, self.m) if fast else self.direct(x)
+        y = y if shift is None else y + shift[:, :, None, None]
+        return y if residual is None else y + residual
+
+    def direct(self, x: Tensor) -> Tensor:
+        """On small grids as a product with the weights as they are, which oneDNN would first bring into its layout."""
+        if not self.native or x.shape[2] * x.shape[3] > SMALL_GRID or not cpu_kernels.readable(x, self.weight):
+            return super().forward(x)
+        patches = F.unfold(x.contiguous(), 3, padding=1).transpose(1, 2).contiguous()  # [B, L, 9 * C_in]
+        y = cpu_kernels.linear(patches, self.weight.flatten(1), self.bias)
+        return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+    def faster(self, x: Tensor) -> bool:
+        positions = x.shape[0] * x.shape[2] * x.shape[3] * (4 if self.upsampled else 1)
+        channels = self.in_channels, self.out_channels
+        return (
+            self.m > 0
+            and cpu_kernels.readable(x, self.weight)
+            and seconds(self.m, positions, *channels, self.rates) < seconds(0, positions, *channels, self.rates)
+        )
+
+    def transformed(self) -> Tensor:
+        """The kernel, made when first needed and again after the weights changed."""
+        if not self.kept:
+            return self._transform()
+        if stamp((self.weight,)) != self.kernel_stamp:
+            self.kernel = self._transform()
+            self.kernel_stamp = stamp((self.weight,))
+            page_out(self.weight)
+        return self.kernel
+
+    def _transform(self) -> Tensor:
+        if not self.native:
+            return transform_kernel(self.weight, self.m)
+        return cpu_kernels.winograd_kernel(self.weight, matrices(self.m, torch.float64)[1], self.upsampled)
+
+
+class WinogradUpsample(unet.Upsample):
+    """Upsampling within the convolution: the larger grid is never in memory. The VAE's is the same module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv.run(x)
+
+
+def use_winograd(chosen: dict[nn.Conv2d, int], rates: Rates, native: bool, kept: bool = True) -> None:
+    for layer, m in chosen.items():
+        layer.__class__ = WinogradConv
+        layer.m, layer.rates, layer.native, layer.upsampled = m, rates, native, False
+        layer.kept, layer.kernel_stamp = kept, ()
+
+
+def upsample_within(model: nn.Module) -> None:
+    """Let the convolutions that follow an upsampling do it."""
+    for module in model.modules():
+        if type(module) in (unet.Upsample, vae.Upsample) and isinstance(module.conv, WinogradConv):
+            module.__class__ = WinogradUpsample
+            module.conv.upsampled = True
+
+
+def grids(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[str, int]]:
+    """(name, positions) of the Winograd layers in a call of `model`, which lives on the meta device."""
+    seen: list[tuple[str, int]] = []
+    for name, layer in model.named_modules():
+        if is_winograd(layer):
+            layer.register_forward_hook(lambda _, x, y, name=name: seen.append((name, y[:, 0].numel())))
+    with torch.no_grad():
+        model(*inputs)
+    return iter(seen)
+
+
+STEPS = 20  # calls of the UNet for one of the VAE's decoder, to weigh their layers
+
+
+def apply(pipe: Any, budget: int) -> None:
+    """Choose and swap the layers of the UNet and of the VAE's decoder, for pictures of the model's own size."""
+    native = cpu_kernels.load() is not None
+    rates = NATIVE if native else Rates()
+    uses = list(_uses(pipe))
+    chosen = plan(uses, budget, rates)
+    for kept in (True, False):
+        use_winograd({use.layer: chosen[use.layer] for use in uses if use.kept == kept}, rates, native, kept)
+    for model in (pipe.unet, pipe.vae.decoder):
+        upsample_within(model)
+
+
+def _uses(pipe: Any) -> Iterator[Use]:
+    config = pipe.config
+    _, unet_, vae_ = build(config)  # on the meta device, where nothing is computed
+    side = config.image_size // config.vae.downsampling
+    x = torch.empty(2, config.unet.in_channels, side, side, device="meta")
+    context = torch.empty(2, config.text.max_length, config.unet.context_dim, device="meta")
+    t = torch.empty(2, dtype=torch.int64, device="meta")
+    for name, positions in grids(unet_, (x, t, context)):
+        yield _use(pipe.unet.get_submodule(name), positions, STEPS)
+    for name, positions in grids(vae_.decoder, (x[:1, : config.vae.z_channels],)):
+        yield _use(pipe.vae.decoder.get_submodule(name), positions, 1)
+
+
+def _use(layer: nn.Conv2d, positions: int, calls: int) -> Use:
+    return Use(layer, positions, calls, layer.weight.nbytes if mapped(layer.weight) else 0)
