@@ -231,19 +231,22 @@ Runs = dict[str, list[Run]]
 
 
 def take_turns(baseline: Worker, peer: Worker, group: Group, deadline: Deadline) -> tuple[Runs, Runs]:
-    """The runs of both, round by round; the order turns round every time. Raises OutOfTime before FEWEST rounds."""
+    """The runs of both, round by round; the order turns round every time. Raises OutOfTime before FEWEST rounds.
+
+    All rounds of a part together: a step follows a step, and finds in memory what it needs.
+    """
     runs: tuple[Runs, Runs] = ({part: [] for part in group.parts}, {part: [] for part in group.parts})
-    longest = 0.0
-    for i in range(group.rounds):
-        if i >= FEWEST and longest > deadline.left:
-            log.warning("the budget ends after %d of %d rounds", i, group.rounds)
-            break
-        start = time.monotonic()
-        for part in group.parts:
+    for part in group.parts:
+        longest = 0.0
+        for i in range(group.rounds):
+            if i >= FEWEST and longest > deadline.left:
+                log.warning("the budget ends after %d of %d rounds of %s", i, group.rounds, part)
+                break
+            start = time.monotonic()
             for j in (0, 1) if i % 2 == 0 else (1, 0):
                 runs[j][part].append((baseline, peer)[j].run(part))
-        longest = max(longest, time.monotonic() - start)
-        log.info("round %d of %d: %.0f s", i + 1, group.rounds, time.monotonic() - start)
+            longest = max(longest, time.monotonic() - start)
+            log.info("%s, round %d of %d: %.0f s", part, i + 1, group.rounds, time.monotonic() - start)
     return runs
 
 

@@ -496,6 +496,7 @@ class Progress:
 
 
 LARGE = 300_000_000  # parameters of a UNet from which preparing kernels and weights is paid back by one picture
+OTHERWISE = 4.6  # gigabytes that SD 1.5 takes at 512x512 beside what Winograd's kernels take more than the weights
 
 
 def optimizations(args: argparse.Namespace, pipe: "StableDiffusion") -> str:
@@ -520,8 +521,7 @@ def memory_options(budget: str) -> str:
         gigabytes = 0.0
     if not 4.5 <= gigabytes < 1000:
         raise UserError(f"--memory-budget must be low, or gigabytes from 4.5 on, not {budget}")
-    transformed = max(0.0, 0.3 + 0.7 * (gigabytes - 5))
-    return f"winograd={transformed:.2f}" + ",page-out" * (gigabytes < 6)
+    return f"winograd={max(0.0, gigabytes - OTHERWISE):.2f},page-out"
 
 
 def list_optimizations() -> None:

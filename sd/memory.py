@@ -4,6 +4,7 @@ import ctypes
 import gc
 import mmap
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -87,27 +88,30 @@ def pictures_at_once(config: Config, height: int, width: int, dtype: torch.dtype
 # ---- weights that are mapped from a file
 
 MADV_PAGEOUT = 21  # Python 3.11's mmap does not name it
+LARGE_FILE = 1 << 20  # bytes; libraries are mapped in hundreds of smaller pieces
 
 
-def mapped(tensor: Tensor) -> bool:
-    """Whether the tensor's memory is a file's, as that of weights is which were in fp32 on disk."""
+def mapped(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those whose memory is a file's, as that of weights is which are on disk in the dtype that they are used in."""
+    ranges = _mapped_files()
+    return [tensor for tensor in tensors if any(first <= tensor.data_ptr() < last for first, last in ranges)]
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Addresses of this process that belong to large files: from, to."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
-        return False
-    address = tensor.data_ptr()
-    for line in lines:
-        bounds, *_, path = line.split(maxsplit=5)
-        first, last = (int(bound, 16) for bound in bounds.split("-"))
-        if first <= address < last:
-            return path.startswith("/")
-    return False
+        return []
+    fields = [line.split(maxsplit=5) for line in lines]
+    bounds = [[int(bound, 16) for bound in f[0].split("-")] for f in fields if len(f) == 6 and f[5].startswith("/")]
+    return [(first, last) for first, last in bounds if last - first >= LARGE_FILE]
 
 
 def page_out(tensor: Tensor) -> None:
-    """Tell Linux that a tensor is not needed for a while: a mapped one stops to count as this process's memory.
+    """Tell Linux that a mapped tensor is not needed for a while: it stops to count as this process's memory.
 
-    Nothing is lost: pages are read again when touched, and memory of no file goes to swap or stays.
+    Nothing is lost: its pages are read again when touched. One of no file would go to swap.
     """
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE

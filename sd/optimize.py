@@ -306,7 +306,7 @@ def prepacked(pipe: Pipe) -> None:
 # ---- C++ kernels on a CPU: sd/winograd.py and sd/cpu.py
 
 
-def winograd(pipe: Pipe, gigabytes: float = 2.4) -> None:
+def winograd(pipe: Pipe, gigabytes: float = 3.4) -> None:
     """3x3 convolutions with a quarter of the multiplications, by Winograd's F(4x4,3x3). Exact.
 
     gigabytes: what the transformed kernels may take beside the weights; F(2x2,3x3) or the direct way where they would
@@ -354,26 +354,27 @@ def cpu_norm(pipe: Pipe) -> None:
 def page_out(pipe: Pipe) -> None:
     """Weights that the next stage does not need go back to the file that they are mapped from. Exact.
 
-    Helps: memory, by up to the text encoder's weights while denoising and the UNet's while decoding, if the checkpoint
-    is in fp32. Hurts: the next picture, which reads them again.
+    Helps: memory, by the text encoder's and the VAE's weights while denoising and the UNet's while decoding, if the
+    checkpoint is in fp32. Hurts: the next picture, which reads them again, from the disk: seconds.
     """
-    from sd.memory import page_out
+    from sd.memory import mapped, page_out
 
-    def release(model: nn.Module) -> None:
-        for weight in model.parameters():
-            page_out(weight)
+    unused_by_unet = mapped([*pipe.clip.parameters(), *pipe.vae.parameters()])
+    unused_by_vae = mapped(pipe.unet.parameters())
 
     def encode_and_release(encode: Callable) -> Callable:
         def encode_prompts(*args) -> Tensor:
             context = encode(*args)
-            release(pipe.clip)
+            for weight in unused_by_unet:
+                page_out(weight)
             return context
 
         return encode_prompts
 
     def release_and_decode(decode: Callable) -> Callable:
         def decode_released(latents: Tensor) -> Tensor:
-            release(pipe.unet)
+            for weight in unused_by_vae:
+                page_out(weight)
             return decode(latents)
 
         return decode_released
@@ -889,7 +890,7 @@ def _cpu(device: torch.device) -> tuple[str, ...]:
     from sd.allocator import available
 
     kept = ("keep-memory",) if available() else ()
-    return ("winograd", "cpu-linear", "cpu-attention", "cpu-norm", "kv-cache", "shared-halves", *kept)
+    return ("winograd", "cpu-linear", "cpu-attention", "cpu-norm", "kv-cache", "page-out", *kept, "shared-halves")
 
 
 def _fast(device: torch.device) -> tuple[str, ...]:

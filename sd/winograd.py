@@ -248,7 +248,8 @@ class WinogradConv(nn.Conv2d):
         if stamp((self.weight,)) != self.kernel_stamp:
             self.kernel = self._transform()
             self.kernel_stamp = stamp((self.weight,))
-            page_out(self.weight)
+            for weight in mapped([self.weight]):
+                page_out(weight)
         return self.kernel
 
     def _transform(self) -> Tensor:
@@ -319,4 +320,4 @@ def _uses(pipe: Any) -> Iterator[Use]:
 
 
 def _use(layer: nn.Conv2d, positions: int, calls: int) -> Use:
-    return Use(layer, positions, calls, layer.weight.nbytes if mapped(layer.weight) else 0)
+    return Use(layer, positions, calls, layer.weight.nbytes if mapped([layer.weight]) else 0)

@@ -323,15 +323,15 @@ def test_page_out_loses_nothing(tmp_path):
     path.write_bytes(numbers(1 << 20).numpy().tobytes())
     from_file = torch.from_file(str(path), shared=False, size=1 << 20)
     own = from_file.clone()
-    assert memory.mapped(from_file)
-    assert not memory.mapped(own)
+    assert memory.mapped([own, from_file]) == [from_file]
     for tensor in (from_file, own, own[5:9]):
         memory.page_out(tensor)
     assert torch.equal(from_file, own)
 
 
 @pytest.mark.parametrize(
-    ("budget", "names"), [("low", "winograd=0.30,page-out"), ("8", "winograd=2.40"), ("4.5", "winograd=0.00,page-out")]
+    ("budget", "names"),
+    [("low", "winograd=0.40,page-out"), ("8", "winograd=3.40,page-out"), ("4.5", "winograd=0.00,page-out")],
 )
 def test_memory_budget(budget, names):
     assert inference.memory_options(budget) == names
