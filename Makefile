@@ -33,7 +33,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python bench/ladder.py --device cpu --size 256 --steps 2 --fidelity-steps 20 --pairs 3 --opts exact --out out/bench
+	$(BIN)/python bench/ladder.py --device cpu --size 256 --steps 2 --fidelity-steps 10 --pairs 3 \
+	    --opts winograd,cpu-linear,cpu-attention,cpu-norm,kv-cache,keep-memory,shared-halves --out out/bench
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
