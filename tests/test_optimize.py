@@ -238,6 +238,14 @@ def test_dtypes(make, name):
     assert pipe.generate("a cat", **DRAW)
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_says_when_the_cpu_lacks_it(make, monkeypatch, caplog, supported):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    make("bf16")
+    assert ("10 times slower" in caplog.text) is not supported
+
+
 # ---- weights that change
 
 
