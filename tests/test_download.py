@@ -1,6 +1,7 @@
 """sd/download.py against a local server that does everything wrong that servers do."""
 
 import email.utils
+import functools
 import hashlib
 import os
 import re
@@ -429,7 +430,9 @@ def test_a_mirror_must_hold_the_same_file(server, tmp_path, capsys):
 
 def start(server, tmp_path) -> subprocess.Popen:
     command = [sys.executable, str(PROGRAM), *arguments(server, tmp_path)]
-    process = subprocess.Popen(command, cwd="/", stderr=subprocess.PIPE, text=True)
+    # Whatever runs the tests in the background may ignore Ctrl-C, and its children inherit that.
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, cwd="/", stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     part = tmp_path / "file.bin.part"
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and not (part.exists() and part.stat().st_size > 2**20):

@@ -349,7 +349,7 @@ def test_optimizations_are_applied_recorded_and_recalled(draw):
 def test_optimizations_are_listed(draw):
     out = draw("--list-opts")
     assert re.search(r"^deepcache=N +approximate +any device ", out, re.MULTILINE)
-    assert re.search(r"^presets: none, original, exact, fast$", out, re.MULTILINE)
+    assert re.search(r"^presets: none, original, exact, cpu, fast$", out, re.MULTILINE)
 
 
 def test_quantized_weights_are_saved_and_loaded(draw):
