@@ -29,6 +29,7 @@ def drawn_here(folder, checkpoint, *arguments) -> None:
     assert main([*map(str, arguments), "--ckpt", str(checkpoint), "--out", str(folder)]) == 0
 
 
+@pytest.mark.full(memory=False)
 def test_one_picture(filled, checkpoint, tmp_path):
     result = filled.run("run", "modal_inference.py", *DRAW)
     assert result.code == 0, result.text
@@ -110,6 +111,7 @@ def one_line_error(result, words: str) -> None:
         (["--prompts-file", "missing.jsonl"], "missing.jsonl cannot be read"),
     ],
 )
+@pytest.mark.full(memory=False)
 def test_mistakes_are_one_line_and_start_nothing(loopback, arguments, words):
     one_line_error(loopback.run("run", "modal_inference.py", *arguments), words)
     assert loopback.plane.tasks == {}
@@ -190,6 +192,7 @@ def test_weights_cannot_be_written_in_the_container(filled):
 # ---- modal_infer.sh by itself
 
 
+@pytest.mark.full(memory=False)
 def test_the_script_on_any_machine(checkpoint, tmp_path):
     """Laid out like a container, found through the environment; all flags are passed on."""
     (tmp_path / "weights").mkdir()

@@ -205,6 +205,7 @@ def test_alone(make, name):
 
 @pytest.mark.parametrize("pair", itertools.combinations((*EXACT_ON_CPU, "deepcache=1"), 2), ids=",".join)
 @torch.inference_mode()
+@pytest.mark.full(memory=False)
 def test_pairs(make, pair):
     given = inputs()
     assert error(make(*pair).unet(*given), make().unet(*given)) < 1e-5
