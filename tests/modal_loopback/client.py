@@ -11,6 +11,11 @@ from urllib.parse import urlsplit
 from tests.modal_loopback.plane import ControlPlane
 
 
+def heed_interrupts() -> None:
+    """Whatever runs the tests in the background may ignore Ctrl-C, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @dataclass
 class Finished:
     code: int
@@ -41,6 +46,7 @@ class Loopback:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=heed_interrupts,
         )
 
     def run(self, command: str, script: str, *arguments: object, timeout: float = 300, **environment: str) -> Finished:
