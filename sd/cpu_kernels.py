@@ -174,7 +174,7 @@ def winograd(
     x = x.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
     height, width = height << upsampled, width << upsampled
-    out = torch.empty(batch, out_channels, height, width, memory_format=torch.channels_last)
+    out = torch.empty(batch, out_channels, height, width, dtype=x.dtype, memory_format=torch.channels_last)
     residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.contiguous()
     stride = out_channels if bias is not None and bias.ndim == 2 and bias.shape[0] > 1 else 0

@@ -52,6 +52,13 @@ class Server:
         self.url = f"http://127.0.0.1:{self.httpd.server_port}/file.bin"
         threading.Thread(target=self.httpd.serve_forever, args=(0.05,), daemon=True).start()
 
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.httpd.shutdown()
+        self.httpd.server_close()
+
     @property
     def ranges(self) -> list[str | None]:
         return [request.get("Range") for request in self.requests]
@@ -141,10 +148,8 @@ def redirect(handler, server) -> None:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    running = Server()
-    yield running
-    running.httpd.shutdown()
-    running.httpd.server_close()
+    with Server() as running:
+        yield running
 
 
 @pytest.fixture

@@ -18,10 +18,8 @@ NAME = "model.safetensors"
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    running = Server()
-    yield running
-    running.httpd.shutdown()
-    running.httpd.server_close()
+    with Server() as running:
+        yield running
 
 
 def put(loopback, server, *more: object):

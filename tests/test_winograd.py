@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bench import cpu_profile
 from sd import cpu, cpu_kernels, inference, memory, optimize, unet, vae, winograd
 from sd.jobs import UserError
 from sd.winograd import NATIVE, Rates, Use, WinogradConv
@@ -345,3 +346,19 @@ def test_memory_budget(budget, names):
 def test_memory_budget_refuses(budget):
     with pytest.raises(UserError, match="--memory-budget must be low"):
         inference.memory_options(budget)
+
+
+# ---- the profile
+
+
+@no_compiler
+def test_profile_counts_the_operations_of_the_direct_way(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "_call", cpu_kernels._call)
+    clock = cpu_profile.Clock()
+    cpu_kernels.linear(numbers(6, 16), numbers(32, 16))
+    cpu_kernels.attention(*(numbers(1, 2, 24, 8) for _ in range(3)))
+    native_conv(numbers(1, 8, 8, 8), numbers(16, 8, 3, 3), 4)
+    assert clock.flops["sd_linear 6 x 16 x 32"] == 2 * 6 * 16 * 32
+    assert clock.flops["sd_attention 24 x 24, heads of 8"] == 4 * 2 * 24 * 24 * 8
+    assert clock.flops["sd_winograd F(4x4) at 8x8"] == 2 * 9 * 8 * 8 * 8 * 16
+    assert set(clock.calls.values()) == {1}

@@ -1,0 +1,86 @@
+"""Where a guided step on a CPU goes, kernel by kernel: `python bench/cpu_profile.py --size 512 --opts cpu`.
+
+The C++ kernels of sd/cpu_kernels.py are timed one call at a time, shapes apart. GFLOP/s are those of the direct
+algorithm: Winograd's are higher than the processor's. "the rest" is PyTorch's own.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import common
+from sd import cpu_kernels, optimize
+from sd.allocator import freed_memory_kept
+
+
+class Clock:
+    """Seconds, calls and floating-point operations of each kernel and shape."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.flops: Counter[str] = Counter()
+        self.run, cpu_kernels._call = cpu_kernels._call, self.timed
+
+    def timed(self, name: str, *arguments: Any) -> None:
+        start = time.perf_counter()
+        self.run(name, *arguments)
+        seconds = time.perf_counter() - start
+        label, flops = kernel(name, arguments)
+        self.seconds[label] += seconds
+        self.calls[label] += 1
+        self.flops[label] += flops
+
+
+def kernel(name: str, arguments: tuple) -> tuple[str, int]:
+    """A call's row in the table, and the operations of the direct algorithm."""
+    if name in ("sd_linear", "sd_geglu"):
+        rows, inner, columns = arguments[-3:]
+        return f"{name} {rows} x {inner} x {columns}", 2 * rows * inner * columns * (1 + (name == "sd_geglu"))
+    if name == "sd_attention":
+        batch, heads, queries, keys, size = arguments[4:9]
+        return f"{name} {queries} x {keys}, heads of {size}", 4 * batch * heads * queries * keys * size
+    if name == "sd_winograd":
+        _, batch, height, width, channels, _, _, out_channels, *_, m = arguments
+        return f"{name} F({m}x{m}) at {height}x{width}", 18 * batch * height * width * channels * out_channels
+    return name, 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=512, metavar="PIXELS", help="(%(default)s)")
+    parser.add_argument("--opts", default="cpu", metavar="NAMES", help="(%(default)s)")
+    parser.add_argument("--weights", default="random", metavar="FILE", help="(%(default)s)")
+    args = parser.parse_args()
+    pipe = common.load_pipeline(args.weights, torch.device("cpu"), torch.float32)
+    optimize.apply(pipe, optimize.parse(args.opts, "cpu"))
+    if halves := getattr(pipe.unet, "halves", None):
+        halves.alike = True  # as they are within a picture
+    side = args.size // pipe.config.vae.downsampling
+    x = torch.randn(1, pipe.config.unet.in_channels, side, side).repeat(2, 1, 1, 1)
+    context = torch.randn(2, pipe.config.text.max_length, pipe.config.unet.context_dim)
+    with torch.inference_mode(), freed_memory_kept():
+        for _ in range(2):
+            pipe.unet(x, torch.tensor(500), context)
+        clock, start = Clock(), time.perf_counter()
+        pipe.unet(x, torch.tensor(500), context)
+        show(clock, time.perf_counter() - start)
+
+
+def show(clock: Clock, step: float) -> None:
+    print(f"step {step:.2f} s")
+    for label, seconds in clock.seconds.most_common():
+        rate = f"{clock.flops[label] / seconds / 1e9:6.0f} GFLOP/s" if clock.flops[label] else ""
+        print(f"{label:48} {clock.calls[label]:4} calls {seconds * 1e3:7.0f} ms {rate}")
+    print(f"{'the rest':48} {'':10} {(step - clock.seconds.total()) * 1e3:7.0f} ms")
+
+
+if __name__ == "__main__":
+    main()
