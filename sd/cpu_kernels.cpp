@@ -2,7 +2,7 @@
 //
 // Everything rests on one small loop, `micro`: R x (8 * V) numbers of a matrix product that stay in registers. Six rows
 // by two vectors fill AVX2's sixteen registers: twelve sums, two vectors of B, one number of A. B comes in panels: all of
-// K, 16 (or 24) columns at a time, side by side in memory. A is read where it lies.
+// K, 16 columns at a time, side by side in memory. A is read where it lies.
 // Vectors are GCC's (clang has them too), so nothing here names an instruction set; -march=native picks it.
 // Activations have their channels innermost: [batch, height, width, channels].
 
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int W = 8;        // numbers in a vector
 constexpr int PANEL = 16;   // columns in a panel of B
-constexpr int64_t DEPTH = 480;      // most numbers that are summed up at once: a panel of them fits into L1
+constexpr int64_t DEPTH = 1280;      // most numbers that are summed up at once: a panel of them fits into L1
 constexpr int64_t L2 = 64 * 1024;   // numbers of B that a thread works on at a time: 256 KB
 
 typedef float vec __attribute__((vector_size(4 * W)));
@@ -45,16 +45,15 @@ inline vec larger(vec a, vec b) {
 #endif
 }
 
-// 2^x, relative error 1e-7; 2^-126 below that.
+// 2^x, relative error 2e-7; 2^-126 below that.
 inline vec exp2(vec x) {
     x = larger(x, all(-126.0f));
     const vec shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to whole numbers, which the low bits then hold
     const vec f = x - (shifted - 12582912.0f);
-    vec p = f * 1.535336188e-4f + 1.339887440e-3f;
-    p = p * f + 9.618437357e-3f;
-    p = p * f + 5.550332471e-2f;
-    p = p * f + 2.402264791e-1f;
-    p = p * f + 6.931472028e-1f;
+    vec p = f * 1.326472663e-3f + 9.671512959e-3f;
+    p = p * f + 5.550733748e-2f;
+    p = p * f + 2.402224208e-1f;
+    p = p * f + 6.931469776e-1f;
     p = p * f + 1.0f;
     const vec power = (vec)(((ivec)shifted << 23) + (127 << 23));
     return p * power;
@@ -76,6 +75,55 @@ inline vec gelu(vec x) {
     p = p * t + 0.254829592f;
     const vec tail = p * t * exp(-z * z) * 0.5f;
     return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+#ifdef __clang__
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
+#endif
+
+// Eight vectors of eight, rows to columns.
+inline void turn(vec v[W]) {
+    vec pairs[W], fours[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W; i += 2) {
+        pairs[i] = SHUFFLED(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        pairs[i + 1] = SHUFFLED(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < W; i += 4)
+#pragma GCC unroll 8
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = SHUFFLED(pairs[i + j], pairs[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            fours[i + 2 * j + 1] = SHUFFLED(pairs[i + j], pairs[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; i++) {
+        v[i] = SHUFFLED(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        v[i + 4] = SHUFFLED(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+// to[column][row] = from[row][column] * factor.
+inline void turn(const float* from, int64_t ld_from, int64_t rows, int64_t columns, float* to, int64_t ld_to, float factor = 1) {
+    for (int64_t i = 0; i < rows; i += W)
+        for (int64_t j = 0; j < columns; j += W) {
+            const float* block = from + i * ld_from + j;
+            float* turned = to + j * ld_to + i;
+            if (rows - i < W || columns - j < W) {
+                for (int64_t c = 0; c < std::min<int64_t>(W, columns - j); c++)
+                    for (int64_t r = 0; r < std::min<int64_t>(W, rows - i); r++)
+                        turned[c * ld_to + r] = block[r * ld_from + c] * factor;
+                continue;
+            }
+            vec v[W];
+#pragma GCC unroll 8
+            for (int r = 0; r < W; r++) v[r] = load(block + r * ld_from) * factor;
+            turn(v);
+#pragma GCC unroll 8
+            for (int c = 0; c < W; c++) store(turned + c * ld_to, v[c]);
+        }
 }
 
 // ---- memory of a thread's own, which stays for the next call
@@ -101,7 +149,7 @@ thread_local Scratch shared_scratch, own_scratch;  // of the calling thread for 
 
 // ---- matrix products
 
-enum Finish { PLAIN, GEGLU };
+enum Kind { PLAIN, TURNED, GEGLU };
 
 struct Out {
     float* c;
@@ -110,23 +158,25 @@ struct Out {
     const float* residual;  // as c lies, or null
 };
 
-// C[R, V * W] (+)= A[R, K] B[K, V * W]; the first pass starts from the bias, the last adds the residual.
-// Each pass sums from zero before it adds to C: shorter sums round less.
-template <int R, int V, Finish F>
+// C[R, PANEL] (+)= A[R, K] B[K, PANEL]; the first pass starts from the bias, the last adds the residual.
+// Each pass sums from zero before it adds to C: shorter sums round less. TURNED: A lies as [K, R].
+template <int R, Kind F>
 void micro(const float* a, int64_t lda, const float* b, int64_t k, Out out, bool first, bool last) {
+    constexpr int V = PANEL / W;
     vec sum[R][V];
 #pragma GCC unroll 8
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < V; j++)
             sum[i][j] = first && out.bias ? load(out.bias + j * W) : vec{};
-    for (int64_t x = 0; x < k; x++, a++, b += V * W) {
+#pragma GCC unroll 4
+    for (int64_t x = 0; x < k; x++, a += F == TURNED ? lda : 1, b += PANEL) {
         vec row[V];
 #pragma GCC unroll 8
         for (int j = 0; j < V; j++) row[j] = load(b + j * W);
 #pragma GCC unroll 8
         for (int i = 0; i < R; i++) {
-            const vec number = all(a[i * lda]);
+            const vec number = all(a[F == TURNED ? i : i * lda]);
 #pragma GCC unroll 8
             for (int j = 0; j < V; j++) sum[i][j] += number * row[j];
         }
@@ -146,27 +196,27 @@ void micro(const float* a, int64_t lda, const float* b, int64_t k, Out out, bool
     }
 }
 
-template <int V, Finish F>
+template <Kind F>
 void some_rows(int rows, const float* a, int64_t lda, const float* b, int64_t k, Out out, bool first, bool last) {
     switch (rows) {
-        case 1: return micro<1, V, F>(a, lda, b, k, out, first, last);
-        case 2: return micro<2, V, F>(a, lda, b, k, out, first, last);
-        case 3: return micro<3, V, F>(a, lda, b, k, out, first, last);
-        case 4: return micro<4, V, F>(a, lda, b, k, out, first, last);
-        case 5: return micro<5, V, F>(a, lda, b, k, out, first, last);
-        default: return micro<6, V, F>(a, lda, b, k, out, first, last);
+        case 1: return micro<1, F>(a, lda, b, k, out, first, last);
+        case 2: return micro<2, F>(a, lda, b, k, out, first, last);
+        case 3: return micro<3, F>(a, lda, b, k, out, first, last);
+        case 4: return micro<4, F>(a, lda, b, k, out, first, last);
+        case 5: return micro<5, F>(a, lda, b, k, out, first, last);
+        default: return micro<6, F>(a, lda, b, k, out, first, last);
     }
 }
 
 // The product of some rows and one panel whose last columns may not be there.
-template <Finish F>
+template <Kind F>
 void panel(int rows, const float* a, int64_t lda, const float* b, int64_t k, Out out, int columns, bool first, bool last) {
     constexpr int whole = F == GEGLU ? W : PANEL;
-    if (columns == whole) return some_rows<2, F>(rows, a, lda, b, k, out, first, last);
+    if (columns == whole) return some_rows<F>(rows, a, lda, b, k, out, first, last);
     float part[6][PANEL];
     for (int i = 0; i < rows; i++)
         if (!first) memcpy(part[i], out.c + i * out.ldc, 4 * columns);
-    some_rows<2, F>(rows, a, lda, b, k, {part[0], PANEL, out.bias, nullptr}, first, last);
+    some_rows<F>(rows, a, lda, b, k, {part[0], PANEL, out.bias, nullptr}, first, last);
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < columns; j++)
             out.c[i * out.ldc + j] = part[i][j] + (last && out.residual ? out.residual[i * out.ldc + j] : 0);
@@ -176,15 +226,13 @@ void panel(int rows, const float* a, int64_t lda, const float* b, int64_t k, Out
 inline int64_t rows_at_once(int64_t depth) { return std::max<int64_t>(6, L2 / 2 / depth / 6 * 6); }
 
 // A panel from weights [columns, k] that lie row by row.
-void pack(float* b, const float* weight, int64_t ldw, int64_t k, int columns) {
-    for (int j = 0; j < columns; j++)
-        for (int64_t x = 0; x < k; x++) b[x * PANEL + j] = weight[j * ldw + x];
-    for (int j = columns; j < PANEL; j++)
-        for (int64_t x = 0; x < k; x++) b[x * PANEL + j] = 0;
+void pack(float* b, const float* weight, int64_t ldw, int64_t k, int64_t columns) {
+    if (columns < PANEL) memset(b, 0, 4 * k * PANEL);
+    turn(weight, ldw, columns, k, b, PANEL);
 }
 
 // Columns n0.. of out = x weight^T + bias, all rows from m0 to m1.
-template <Finish F>
+template <Kind F>
 void linear_block(const float* x, int64_t ldx, const float* weight, const float* bias, const float* residual, float* out,
                   int64_t m0, int64_t m1, int64_t k, int64_t n, int64_t n0, int64_t n1, int64_t kc, float* packed) {
     constexpr int step = F == GEGLU ? W : PANEL;
@@ -197,11 +245,8 @@ void linear_block(const float* x, int64_t ldx, const float* weight, const float*
             if (F == PLAIN) {
                 pack(b, weight + j * k + k0, k, depth, columns);
             } else {
-                for (int64_t d = 0; d < depth; d++)
-                    for (int c = 0; c < W; c++) {
-                        b[d * PANEL + c] = weight[(j + c) * k + k0 + d];
-                        b[d * PANEL + W + c] = weight[(n + j + c) * k + k0 + d];
-                    }
+                turn(weight + j * k + k0, k, W, depth, b, PANEL);
+                turn(weight + (n + j) * k + k0, k, W, depth, b + W, PANEL);
             }
         }
         for (int64_t i0 = m0; i0 < m1; i0 += rows_at_once(depth))
@@ -220,7 +265,7 @@ void linear_block(const float* x, int64_t ldx, const float* weight, const float*
     }
 }
 
-template <Finish F>
+template <Kind F>
 void linear(const float* x, int64_t ldx, const float* weight, const float* bias, const float* residual, float* out,
             int64_t m, int64_t k, int64_t n, int threads) {
     constexpr int step = F == GEGLU ? W : PANEL;
@@ -373,7 +418,7 @@ void multiply(const Conv& s, const float* patches, const float* kernel, float* p
         for (int64_t t0 = 0; t0 < tiles; t0 += many)
             for (int64_t p = first; p < end; p++)
                 for (int64_t t = t0; t < std::min(tiles, t0 + many); t += 6)
-                    some_rows<2, PLAIN>(std::min<int64_t>(6, tiles - t), patches + t * s.c_in + k0, s.c_in,
+                    some_rows<PLAIN>(std::min<int64_t>(6, tiles - t), patches + t * s.c_in + k0, s.c_in,
                                         kernel + (p * s.c_in + k0) * PANEL, depth,
                                         {products + t * columns + p * PANEL, columns, nullptr, nullptr}, k0 == 0, false);
     }
@@ -447,93 +492,63 @@ struct Attention {
     int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;  // strides
 };
 
-constexpr int64_t QUERIES = 48;  // of a task
+// Some queries against all keys of a head, a chunk of keys at a time, as in FlashAttention (Dao et al. 2022). All of it
+// is turned, a vector being the same number of eight queries: then keys and values are read as they lie, no column is
+// left empty whatever the size of a head, and the softmax needs no sum within a vector.
 
-// The width of the next panel of V: 24 where 40 columns are left, since 40 = 16 + 24 leaves none empty.
-inline int64_t value_panel(int64_t left) { return left == 24 ? 24 : PANEL; }
+constexpr int64_t QUERIES = 128;  // of a task
 
-void pack_keys(const Attention& s, int64_t b, int64_t h, int64_t padded, float* keys, float* values) {
-    for (int64_t j = 0; j < padded; j += PANEL)
-        for (int64_t c = 0; c < PANEL; c++)
-            for (int64_t d = 0; d < s.size; d++)
-                keys[j * s.size + d * PANEL + c] =
-                    j + c < s.keys ? s.k[b * s.k_batch + h * s.k_head + (j + c) * s.k_row + d] : 0;
-    for (int64_t d = 0; d < s.size;) {
-        const int64_t width = value_panel(s.size - d);
-        for (int64_t j = 0; j < padded; j++)
-            for (int64_t c = 0; c < width; c++)
-                values[d * padded + j * width + c] =
-                    j < s.keys && d + c < s.size ? s.v[b * s.v_batch + h * s.v_head + j * s.v_row + d + c] : 0;
-        d += width;
+// Scores [keys, PANEL] to exponentials, and the sums so far [size, PANEL] to what the highest score now makes of them.
+void softmax(float* scores, int64_t keys, float* highest, float* total, float* sums, int64_t size) {
+    vec top[2] = {load(highest), load(highest + W)}, sum[2] = {};
+    for (int64_t j = 0; j < keys * PANEL; j += PANEL)
+        top[0] = larger(top[0], load(scores + j)), top[1] = larger(top[1], load(scores + j + W));
+    const vec factor[2] = {exp2(load(highest) - top[0]), exp2(load(highest + W) - top[1])};
+    for (int64_t j = 0; j < keys * PANEL; j += PANEL) {
+        const vec e[2] = {exp2(load(scores + j) - top[0]), exp2(load(scores + j + W) - top[1])};
+        sum[0] += e[0], sum[1] += e[1];
+        store(scores + j, e[0]), store(scores + j + W, e[1]);
+    }
+    for (int v = 0; v < 2; v++) {
+        store(highest + v * W, top[v]);
+        store(total + v * W, load(total + v * W) * factor[v] + sum[v]);
+        for (int64_t d = 0; d < size; d++) store(sums + d * PANEL + v * W, load(sums + d * PANEL + v * W) * factor[v]);
     }
 }
 
-// One row of scores to exponentials; returns what the sums so far must be multiplied by.
-inline float softmax_row(float* row, int64_t count, int64_t padded, float& highest, float& total) {
-    for (int64_t j = count; j < padded; j++) row[j] = -INFINITY;
-    vec most = all(highest), more = most;
-    for (int64_t j = 0; j < padded; j += 2 * W) most = larger(most, load(row + j)), more = larger(more, load(row + j + W));
-    most = larger(most, more);
-    float top = most[0];
-    for (int j = 1; j < W; j++) top = std::max(top, most[j]);
-    const float scale = std::exp2(highest - top);
-    vec sum{};
-    for (int64_t j = 0; j < padded; j += W) {
-        const vec e = exp2(load(row + j) - top);
-        sum += e;
-        store(row + j, e);
-    }
-    float added = 0;
-    for (int j = 0; j < W; j++) added += sum[j];
-    total = total * scale + added;
-    highest = top;
-    return scale;
-}
-
-// Some queries against all keys of a head, a chunk of keys at a time, as in FlashAttention (Dao et al. 2022).
-void attend(const Attention& s, int64_t b, int64_t h, int64_t first, int64_t padded, int64_t chunk, const float* keys,
-            const float* values) {
-    const int64_t rows = std::min(QUERIES, s.queries - first), width = (s.size + PANEL - 1) / PANEL * PANEL + W;
-    float* q = own_scratch.get(QUERIES * (s.size + width + chunk));
-    float *sums = q + QUERIES * s.size, *scores = sums + QUERIES * width;
-    float highest[QUERIES], total[QUERIES];
+void attend(const Attention& s, int64_t b, int64_t h, int64_t first, int64_t chunk) {
+    const int64_t rows = std::min(QUERIES, s.queries - first), panels = (rows + PANEL - 1) / PANEL;
+    const int64_t one = s.size * PANEL;
+    float* q = own_scratch.get(2 * panels * one + chunk * PANEL);
+    float *sums = q + panels * one, *scores = sums + panels * one;
+    float highest[QUERIES], total[QUERIES] = {};
     const float scale = 1.44269504f / std::sqrt(float(s.size));  // and so powers of 2 in place of e
-    for (int64_t i = 0; i < rows; i++) {
-        const float* row = s.q + b * s.q_batch + h * s.q_head + (first + i) * s.q_row;
-        for (int64_t d = 0; d < s.size; d++) q[i * s.size + d] = row[d] * scale;
-        highest[i] = -1e30f, total[i] = 0;
-    }
-    memset(sums, 0, 4 * QUERIES * width);
-    for (int64_t start = 0; start < padded; start += chunk) {
-        const int64_t count = std::min(chunk, padded - start);
-        for (int64_t j = 0; j < count; j += PANEL)
-            for (int64_t i = 0; i < rows; i += 6)
-                some_rows<2, PLAIN>(std::min<int64_t>(6, rows - i), q + i * s.size, s.size, keys + (start + j) * s.size,
-                                    s.size, {scores + i * chunk + j, chunk, nullptr, nullptr}, true, false);
-        for (int64_t i = 0; i < rows; i++) {
-            const float factor =
-                softmax_row(scores + i * chunk, std::min(count, s.keys - start), count, highest[i], total[i]);
-            if (factor != 1)
-                for (int64_t d = 0; d < width; d += W) store(sums + i * width + d, load(sums + i * width + d) * factor);
-        }
-        for (int64_t d = 0; d < s.size;) {
-            const int64_t wide = value_panel(s.size - d);
-            const float* panel = values + d * padded + start * wide;
-            const int64_t step = wide == 24 ? 4 : 6;
-            for (int64_t i = 0; i < rows; i += step) {
-                const Out to = {sums + i * width + d, width, nullptr, nullptr};
-                const int some = std::min(step, rows - i);
-                if (wide == 24)
-                    some_rows<3, PLAIN>(some, scores + i * chunk, chunk, panel, count, to, false, false);
-                else
-                    some_rows<2, PLAIN>(some, scores + i * chunk, chunk, panel, count, to, false, false);
-            }
-            d += wide;
+    const float* from = s.q + b * s.q_batch + h * s.q_head + first * s.q_row;
+    memset(q, 0, 8 * panels * one);  // and the sums, which follow
+    for (int64_t p = 0; p < panels; p++)
+        turn(from + p * PANEL * s.q_row, s.q_row, std::min<int64_t>(PANEL, rows - p * PANEL), s.size, q + p * one, PANEL, scale);
+    std::fill(highest, highest + QUERIES, -1e30f);
+    for (int64_t start = 0; start < s.keys; start += chunk) {
+        const int64_t count = std::min(chunk, s.keys - start);
+        const float* k = s.k + b * s.k_batch + h * s.k_head + start * s.k_row;
+        const float* v = s.v + b * s.v_batch + h * s.v_head + start * s.v_row;
+        for (int64_t p = 0; p < panels; p++) {
+            for (int64_t j = 0; j < count; j += 6)
+                some_rows<PLAIN>(std::min<int64_t>(6, count - j), k + j * s.k_row, s.k_row, q + p * one, s.size,
+                                 {scores + j * PANEL, PANEL, nullptr, nullptr}, true, false);
+            softmax(scores, count, highest + p * PANEL, total + p * PANEL, sums + p * one, s.size);
+            for (int64_t d = 0; d < s.size; d += 6)
+                some_rows<TURNED>(std::min<int64_t>(6, s.size - d), v + d, s.v_row, scores, count,
+                                  {sums + p * one + d * PANEL, PANEL, nullptr, nullptr}, false, false);
         }
     }
-    for (int64_t i = 0; i < rows; i++)
+    for (int64_t p = 0; p < panels; p++) {
         for (int64_t d = 0; d < s.size; d++)
-            s.out[((b * s.queries + first + i) * s.heads + h) * s.size + d] = sums[i * width + d] / total[i];
+            for (int64_t i = 0; i < PANEL; i += W)
+                store(sums + p * one + d * PANEL + i, load(sums + p * one + d * PANEL + i) / load(total + p * PANEL + i));
+        float* to = s.out + ((b * s.queries + first + p * PANEL) * s.heads + h) * s.size;
+        turn(sums + p * one, PANEL, s.size, std::min<int64_t>(PANEL, rows - p * PANEL), to, s.heads * s.size);
+    }
 }
 
 }  // namespace
@@ -571,22 +586,12 @@ void sd_attention(const float* q, const float* k, const float* v, float* out, in
     const Attention s = {q,          k,          v,          out,        batch,      heads,      queries,   keys,      size,
                          strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], strides[6], strides[7],
                          strides[8]};
-    const int64_t padded = (keys + PANEL - 1) / PANEL * PANEL;
-    const int64_t chunk = std::min(padded, std::max<int64_t>(64, std::min<int64_t>(256, 20480 / size / PANEL * PANEL)));
-    const int64_t width = (size + PANEL - 1) / PANEL * PANEL + W, one = padded * (size + width);
-    float* packed = shared_scratch.get(batch * heads * one);
+    const int64_t chunk = std::max<int64_t>(64, std::min<int64_t>(256, 20480 / size));
     const int64_t blocks = (queries + QUERIES - 1) / QUERIES;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < batch * heads; i++)
-            pack_keys(s, i / heads, i % heads, padded, packed + i * one, packed + i * one + padded * size);
-#pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t i = 0; i < batch * heads; i++)
-            for (int64_t block = 0; block < blocks; block++)
-                attend(s, i / heads, i % heads, block * QUERIES, padded, chunk, packed + i * one,
-                       packed + i * one + padded * size);
-    }
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < batch * heads; i++)
+        for (int64_t block = 0; block < blocks; block++)
+            attend(s, i / heads, i % heads, block * QUERIES, std::min(chunk, keys));
 }
 
 // x [batch, positions, channels]: to mean 0 and variance 1 over each group of channels, times gain plus shift, then SiLU.
