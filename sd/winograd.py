@@ -126,7 +126,7 @@ class Rates:
     memory: float = 12e9
 
 
-NATIVE = Rates(direct=150e9, products=165e9, memory=15e9)  # of cpu_kernels.cpp
+NATIVE = Rates(direct=160e9, products=180e9, memory=15e9)  # of cpu_kernels.cpp
 
 
 def seconds(m: int, positions: int, c_in: int, c_out: int, rates: Rates) -> float:
