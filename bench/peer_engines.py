@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bench import common
 from bench.load import resident
-from sd import optimize
+from sd import cpu_kernels, optimize
 from sd.allocator import freed_memory_kept
 from sd.config import Config
 from sd.ddpm import alphas_cumprod, predict_x0
@@ -155,6 +155,12 @@ def open_ours(task: Task, opts: str = "none") -> Calls:
             "glimpse": functools.partial(glimpse, pipe, task.size),
         }
     )
+
+
+def open_without_compiler(task: Task) -> Calls:
+    """What somebody has who installed no C++ compiler."""
+    cpu_kernels.load = lambda: None
+    return open_ours(task, "cpu")
 
 
 def our_picture(pipe: StableDiffusion, size: int, steps: int) -> Tensor:
@@ -363,6 +369,7 @@ ENGINES = {
         functools.partial(open_diffusers, channels_last=True, compiled=True),
         DIFFUSERS,
     ),
+    "ours-pytorch": Engine("ours, cpu, no C++ compiler", open_without_compiler),
     "openvino": Engine("OpenVINO, f32", open_openvino, OPENVINO),
     "sdcpp-f16": Engine("stable-diffusion.cpp, f16", functools.partial(open_sdcpp, wtype="f16"), SDCPP),
     "sdcpp-q8_0": Engine("stable-diffusion.cpp, q8_0", functools.partial(open_sdcpp, wtype="q8_0"), SDCPP),

@@ -6,8 +6,9 @@
 
 A CPU's speed drifts, so that only what ran side by side compares: one engine, the baseline, stays alive while the
 others come one after another, each in a process of its own, and the two take turns round by round. Speed-ups are ratios
-to the baseline in the same rounds. Rows that stand in the CSV file, from this commit with these settings, are not
-measured again. Exit code 1: an engine failed. 75: --budget ended first; the same command goes on.
+to the baseline in the same rounds. Rows that stand in the CSV file with these settings are not measured again: this
+project's if they are from this commit, others' if they are from this version of theirs. Exit code 1: an engine failed.
+75: --budget ended first; the same command goes on.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from bench.peer_engines import Opened, Run, Task
 from sd import optimize
 
 FIRST = ("ours", "diffusers", "diffusers-compiled", "openvino")
-REST = ("sdcpp-f16", "diffusers-cl", "plain", "sdcpp-q8_0", "sdcpp-f32")
+REST = ("sdcpp-f16", "ours-pytorch", "diffusers-cl", "plain", "sdcpp-q8_0", "sdcpp-f32")
 UNFINISHED = 75
 NO_PICTURES = ("openvino", "sdcpp")  # engines with other samplers than DDIM, or none
 FEWEST = 2  # rounds that are worth a row when the budget ends before the last
@@ -153,9 +154,13 @@ class Peers:
         return {"baseline": self.args.baseline, "size": group.size, **steps, "weights": self.checkpoint.name}
 
     def find(self, engine: str, part: str, group: Group) -> dict[str, str]:
-        """The latest row of an engine under these settings, at this commit on this device; or nothing."""
-        same = {key: self.environment[key] for key in ("commit", "device", "threads")}
-        wanted = {"engine": engine, "part": part, **self.held(group), **same}
+        """The latest row of an engine under these settings on this device; or nothing.
+
+        Rows of this project are those of this commit; those of others hold as long as their version does.
+        """
+        same = {key: self.environment[key] for key in ("device", "threads")}
+        of_code = {"commit": self.environment["commit"]} if is_ours(engine) else {"peer_version": version_of(engine)}
+        wanted = {"engine": engine, "part": part, **self.held(group), **same, **of_code}
         rows = reversed(common.read_csv(self.args.out))
         return next((row for row in rows if all(row[key] == str(value) for key, value in wanted.items())), {})
 
@@ -202,8 +207,7 @@ class Peers:
 
     def _append(self, engine: str, part: str, group: Group, measured: dict) -> None:
         measured = {column: common.cell(measured.get(column, "")) for column in MEASURED}
-        package = peer_engines.find(engine).package
-        versions = {"peer_version": f"{package} {common.version(package)}" if package else ""}
+        versions = {"peer_version": version_of(engine)}
         row = {"engine": engine, "part": part, **self.held(group), **measured, **versions, **self.environment}
         common.append_csv(self.args.out, row)
 
@@ -220,6 +224,15 @@ class Peers:
                 for part, run in plain.first.items():
                     np.save(files[part], run.output)
         return {part: np.load(file) for part, file in files.items()}
+
+
+def is_ours(engine: str) -> bool:
+    return not peer_engines.find(engine).package
+
+
+def version_of(engine: str) -> str:
+    package = peer_engines.find(engine).package
+    return f"{package} {common.version(package)}" if package else ""
 
 
 def is_sdcpp(engine: str) -> bool:
@@ -301,10 +314,19 @@ def run(peers: Peers, groups: Sequence[Group]) -> int:
     return UNFINISHED if not complete else int(peers.failed)
 
 
+def groups_in(rows: Sequence[dict[str, str]]) -> list[Group]:
+    """The groups that a file's rows belong to."""
+    engines: dict[tuple[int, str], dict[str, None]] = {}
+    for row in rows:
+        engines.setdefault((int(row["size"]), row["part"]), {})[row["engine"]] = None
+    return [Group(size, (part,), tuple(names), 0) for (size, part), names in engines.items()]
+
+
 def results(peers: Peers, groups: Sequence[Group]) -> list[dict[str, str]]:
-    """The rows of these groups as they stand in the file; an engine that is not installed has the line that helps."""
+    """The rows of these groups, and of what else stands in the file beside them (other sizes, engines, parts); an
+    engine that is not installed has the line that helps."""
     rows = []
-    for group in groups:
+    for group in (*groups, *groups_in(common.read_csv(peers.args.out))):
         for name in dict.fromkeys((peers.args.baseline, *group.engines)):
             engine, found = peer_engines.find(name), [peers.find(name, part, group) for part in group.parts]
             rows += [row | {"label": engine.label} for row in found if row]

@@ -1,6 +1,6 @@
 """Modules of the UNet and the VAE whose arithmetic is in cpu_kernels.cpp: fewer passes over memory, odd shapes fast.
 
-    cpu-linear      linear layers and 1x1 convolutions; GEGLU without its projection ever in memory
+    cpu-linear      linear layers, 1x1 and strided convolutions; GEGLU without its projection ever in memory
     cpu-attention   attention a chunk of keys at a time
     cpu-norm        GroupNorm with SiLU, LayerNorm; residual blocks whose convolutions add timestep and residual
 
@@ -46,6 +46,26 @@ class FastPointwise(nn.Conv2d):
         return cpu_kernels.linear(rows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
+class FastPatches(nn.Conv2d):
+    """A 3x3 convolution as a product of patches with the weights as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not readable(x, self.weight):
+            return super().forward(x)
+        rows = cpu_kernels.patches(x, self.stride[0])
+        return cpu_kernels.linear(rows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def suits_patches(layer: nn.Module) -> bool:
+    """Whether it is a 3x3 convolution that leaves positions out, or has few channels, so that patches are small."""
+    return (
+        type(layer) is nn.Conv2d
+        and layer.kernel_size == (3, 3)
+        and (layer.padding, layer.dilation, layer.groups) == ((1, 1), (1, 1), 1)
+        and (layer.stride == (2, 2) or (layer.stride == (1, 1) and layer.in_channels < 8))
+    )
+
+
 def fast_linear(*models: nn.Module) -> None:
     for module in (m for model in models for m in model.modules()):
         if type(module) is nn.Linear:
@@ -54,6 +74,8 @@ def fast_linear(*models: nn.Module) -> None:
             module.__class__ = FastGEGLU
         elif isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
             module.__class__ = FastPointwise
+        elif suits_patches(module):
+            module.__class__ = FastPatches
 
 
 # ---- attention

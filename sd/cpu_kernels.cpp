@@ -567,6 +567,25 @@ void sd_geglu(const float* x, int64_t ldx, const float* weight, const float* bia
     linear<GEGLU>(x, ldx, weight, bias, nullptr, out, m, k, n, threads);
 }
 
+// The 3x3 patches around every stride-th position of x [batch, height, width, channels], zeros beyond its edges:
+// [batch, height / stride, width / stride, channels * 9], rounded up, as weights [c_out, channels, 3, 3] take them.
+void sd_patches(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t stride, float* out,
+                int threads) {
+    const int64_t down = (height + stride - 1) / stride, across = (width + stride - 1) / stride;
+#pragma omp parallel for collapse(3) schedule(static) num_threads(threads)
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t i = 0; i < down; i++)
+            for (int64_t j = 0; j < across; j++) {
+                float* to = out + ((b * down + i) * across + j) * channels * 9;
+                for (int64_t tap = 0; tap < 9; tap++) {
+                    const int64_t y = i * stride + tap / 3 - 1, z = j * stride + tap % 3 - 1;
+                    const bool inside = y >= 0 && y < height && z >= 0 && z < width;
+                    const float* from = x + ((b * height + y) * width + z) * channels;
+                    for (int64_t c = 0; c < channels; c++) to[c * 9 + tap] = inside ? from[c] : 0;
+                }
+            }
+}
+
 void sd_winograd(const float* x, int64_t batch, int64_t height, int64_t width, int64_t c_in, int upsampled,
                  const float* kernel, int64_t c_out, const float* bias, int64_t bias_stride, const float* residual,
                  float* out, int m, int threads) {

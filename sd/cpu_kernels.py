@@ -157,6 +157,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
+def patches(x: Tensor, stride: int = 1) -> Tensor:
+    """x [B, C, H, W] -> its 3x3 patches around every stride-th position, with zeros beyond the edges.
+
+    [B, H / stride, W / stride, 9 C], rounded up: a row's product with weights [C_out, C, 3, 3] is the convolution.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    out = x.new_empty(batch, -(-height // stride), -(-width // stride), 9 * channels)
+    _call("sd_patches", x, batch, height, width, channels, stride, out)
+    return out
+
+
 def winograd(
     x: Tensor,
     kernel: Tensor,

@@ -328,7 +328,7 @@ def winograd(pipe: Pipe, gigabytes: float = 3.4) -> None:
 
 
 def cpu_linear(pipe: Pipe) -> None:
-    """Linear layers and 1x1 convolutions by the C++ kernels, the feed-forward's gate within its product. Exact.
+    """Linear layers, 1x1 and strided convolutions by the C++ kernels, GEGLU's gate within its product. Exact.
 
     Helps: GEGLU, whose projection is the largest activation. Hurts: CPUs without AVX2, for which nothing is tuned.
     """

@@ -228,9 +228,7 @@ class WinogradConv(nn.Conv2d):
         """On small grids as a product with the weights as they are, which oneDNN would first bring into its layout."""
         if not self.native or x.shape[2] * x.shape[3] > SMALL_GRID or not cpu_kernels.readable(x, self.weight):
             return super().forward(x)
-        patches = F.unfold(x.contiguous(), 3, padding=1).transpose(1, 2).contiguous()  # [B, L, 9 * C_in]
-        y = cpu_kernels.linear(patches, self.weight.flatten(1), self.bias)
-        return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return cpu_kernels.linear(cpu_kernels.patches(x), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
     def faster(self, x: Tensor) -> bool:
         positions = x.shape[0] * x.shape[2] * x.shape[3] * (4 if self.upsampled else 1)

@@ -8,6 +8,7 @@ import torch
 
 from bench import common, peer_engines, peers_cpu
 from bench.peer_engines import Engine, Opened, Run, Task
+from sd import cpu_kernels
 
 
 def compare(checkpoint: Path, folder: Path, *arguments: str) -> int:
@@ -43,6 +44,13 @@ def test_openvino_computes_what_we_do(tiny_checkpoint):
     pytest.importorskip("openvino")
     ours, theirs = (opened(engine, tiny_checkpoint, "step", "decode") for engine in ("plain", "openvino"))
     assert all(error(theirs[part], ours[part]) < 1e-4 for part in ours)
+
+
+def test_without_a_compiler(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "load", cpu_kernels.load)  # is put back afterwards
+    ours, slow = (opened(engine, tiny_checkpoint, "step", "decode") for engine in ("plain", "ours-pytorch"))
+    assert cpu_kernels.load() is None
+    assert all(error(slow[part], ours[part]) < 1e-4 for part in ours)
 
 
 def test_one_step_from_the_highest_noise(tiny_checkpoint):

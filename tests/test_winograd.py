@@ -123,6 +123,27 @@ def test_geglu(rows, k, eights):
 
 
 @no_compiler
+@given(st.integers(1, 2), st.integers(1, 40), st.integers(1, 17), st.integers(1, 17), st.integers(1, 3))
+@quick
+def test_patches(batch, channels, height, width, stride):
+    x = numbers(batch, channels, height, width)
+    patches = cpu_kernels.patches(x, stride)
+    assert torch.equal(patches.flatten(1, 2), F.unfold(x, 3, padding=1, stride=stride).transpose(1, 2))
+
+
+@no_compiler
+@pytest.mark.parametrize(("channels", "stride", "padding"), [(4, 1, 1), (48, 2, 1), (48, 1, 1), (48, 2, 0)])
+def test_convolutions_as_products_of_patches(channels, stride, padding):
+    """Strided ones and those with few channels; the rest stays what it was."""
+    layer = torch.nn.Conv2d(channels, 20, 3, stride, padding)
+    holder, x = torch.nn.ModuleList([layer]), numbers(2, channels, 9, 12)
+    expected = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride, padding)
+    cpu.fast_linear(holder)
+    assert (type(layer) is cpu.FastPatches) == (padding == 1 and (stride == 2 or channels == 4))
+    assert error(layer(x), expected) < 2e-6
+
+
+@no_compiler
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 120), st.integers(1, 600), st.integers(1, 90))
 @quick
 def test_attention(batch, heads, queries, keys, size):
