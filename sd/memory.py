@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,9 +112,27 @@ def _mapped_files() -> list[tuple[int, int]]:
 def page_out(tensor: Tensor) -> None:
     """Tell Linux that a mapped tensor is not needed for a while: it stops to count as this process's memory.
 
-    Nothing is lost: its pages are read again when touched. One of no file would go to swap.
+    Nothing is lost. Pages as the file has them stay in the system's cache until somebody needs the room, so that the
+    next touch mostly finds them there; where any was changed, all are written out, changed ones to swap.
     """
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if sys.platform == "linux" and last > first:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_PAGEOUT)
+        advice = mmap.MADV_DONTNEED if _as_the_file(first, last) else MADV_PAGEOUT
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
+
+
+PRESENT, SWAPPED, OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))  # in Linux's pagemap
+
+
+def _as_the_file(first: int, last: int) -> bool:
+    """Whether all pages of these addresses are still those of a file; a changed one is the process's own."""
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            file.seek(first // mmap.PAGESIZE * 8)
+            pages = np.frombuffer(file.read((last - first) // mmap.PAGESIZE * 8), np.uint64)
+    except OSError:
+        return False
+    whole = len(pages) == (last - first) // mmap.PAGESIZE
+    own = (pages & SWAPPED != 0) | ((pages & PRESENT != 0) & (pages & OF_FILE == 0))
+    return whole and not own.any()

@@ -24,6 +24,7 @@ def test_outputs_are_stripped(notebook):
     assert not any(cell.outputs or cell.execution_count for cell in code_cells(notebook))
 
 
+@pytest.mark.full(memory=False)
 def test_notebook_runs(notebook, tiny_checkpoint, monkeypatch):
     monkeypatch.setenv("SD_CKPT", str(DEMO_CHECKPOINT if DEMO_CHECKPOINT.exists() else tiny_checkpoint))
     monkeypatch.setenv("STEPS", "2")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bench import cpu_profile
+from bench.load import resident
 from sd import cpu, cpu_kernels, inference, memory, optimize, unet, vae, winograd
 from sd.jobs import UserError
 from sd.winograd import NATIVE, Rates, Use, WinogradConv
@@ -352,6 +353,19 @@ def test_page_out_loses_nothing(tmp_path):
     for tensor in (from_file, own, own[5:9]):
         memory.page_out(tensor)
     assert torch.equal(from_file, own)
+    own[4321] = from_file[4321] = 7
+    memory.page_out(from_file)
+    assert torch.equal(from_file, own)
+
+
+def test_paged_out_weights_leave_the_process(tmp_path):
+    path, size = tmp_path / "zeros", 64 << 20
+    path.write_bytes(bytes(size))
+    from_file = torch.from_file(str(path), shared=False, size=size // 4)
+    assert from_file.sum() == 0
+    before = resident()["VmRSS"]
+    memory.page_out(from_file)
+    assert resident()["VmRSS"] < before - 0.9 * size
 
 
 @pytest.mark.parametrize(
