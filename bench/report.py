@@ -55,9 +55,8 @@ def _ms(*seconds: str) -> str:
 
 def plot_front(results: Sequence[Result], path: Path) -> None:
     """Speed-up against the latents' final error; rows that nothing beats in both are joined."""
-    points = [(float(r["speedup"]), float(r["error_last"]), r) for r in results if r["speedup"] and r["error_last"]]
-    points = [point for point in points if math.isfinite(point[1])]
-    if not points:
+    measured = [r for r in results if r["speedup"] and r["error_last"] and math.isfinite(float(r["error_last"]))]
+    if not measured:
         return
     if not importlib.util.find_spec("matplotlib"):
         log.warning("no plot: pip install matplotlib")
@@ -67,20 +66,22 @@ def plot_front(results: Sequence[Result], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 6))
-    smallest = min((error for _, error, _ in points if error > 0), default=1e-8)
-    for speedup, error, result in points:
-        y = max(error, smallest / 10)  # an error of 0 has no place on a logarithmic axis
-        axes.scatter(speedup, y, color="tab:blue" if result["exact"] == "1" else "tab:orange")
-        axes.annotate(result["row"], (speedup, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    best = [(s, max(e, smallest / 10)) for s, e in front([(s, e) for s, e, _ in points])]
-    axes.plot(*zip(*best, strict=True), color="tab:gray", linewidth=1, zorder=0)
-    axes.set(yscale="log", xlabel="speed-up of a picture over the plain pipeline")
+    figure, axes = pyplot.subplots(figsize=(10, 5.5))
+    speedups, errors = ([float(r[column]) for r in measured] for column in ("speedup", "error_last"))
+    smallest = min((error for error in errors if error > 0), default=1e-8)
+    errors = [max(error, smallest / 10) for error in errors]  # an error of 0 has no place on a logarithmic axis
+    axes.plot(*zip(*front(list(zip(speedups, errors, strict=True))), strict=True), color="tab:gray", lw=1, zorder=0)
+    for number, (x, y, row) in enumerate(zip(speedups, errors, measured, strict=True)):
+        color = "tab:blue" if row["exact"] == "1" else "tab:orange"
+        whiskers = [[x - float(row["speedup_q1"])], [float(row["speedup_q3"]) - x]]
+        axes.errorbar(x, y, xerr=whiskers, fmt="o", color=color, markersize=13, lw=1, alpha=0.9, zorder=number + 1)
+        axes.annotate(str(number), (x, y), ha="center", va="center", color="white", fontsize=8, zorder=number + 1.5)
+        axes.text(1.02, 0.97 - 0.06 * number, f"{number}  {row['row']}", transform=axes.transAxes, va="top", fontsize=9)
+    axes.set(yscale="log", xlabel="speed-up of a picture over the plain pipeline: median and quartiles of the pairs")
     axes.set_ylabel("relative error of the final latents against plain fp32")
     axes.set_title(f"{results[0]['device']}, {results[0]['dtype']}: blue exact, orange approximate", fontsize=10)
     axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
 
