@@ -430,8 +430,8 @@ void winograd(const Conv& s, int threads) {
     const int64_t numbers = s.upsampled ? (N - 1) * (N - 1) : N * N;
     const int64_t panels = (s.c_out + PANEL - 1) / PANEL, columns = panels * PANEL;
     const int64_t tiles = s.batch * ((s.height + M - 1) / M) * ((s.width + M - 1) / M);
-    // Patches and products of a block of tiles are to stay in the last cache.
-    const int64_t fit = (4 << 20) / (numbers * (s.c_in + columns));
+    // Each block of tiles reads the whole kernel: a few large ones, of 64 MB of patches and products.
+    const int64_t fit = (16 << 20) / (numbers * (s.c_in + columns));
     const int64_t block = std::min(tiles, std::max<int64_t>(48, fit / 6 * 6));
     const int64_t splits = (s.c_in + DEPTH - 1) / DEPTH, kc = (s.c_in + splits - 1) / splits;
     const int64_t nc = std::max<int64_t>(1, std::min(panels, L2 / (kc * PANEL)));

@@ -750,12 +750,21 @@ H100_STEP = {
     "cuda-graph": "41.6 to 12.7 ms on a slow host, 18 to 12.7 on a faster one",
     "loop-graph": "none over cuda-graph",
 }
-CPU_PRESET = "the cpu preset over diffusers eager"
+# A picture of two steps at 256x256 beside the plain one, each with those above it: bench/results/cpu2/ladder.
+CPU_PICTURE = {
+    "winograd": "2.05x",
+    "cpu-linear": "2.05x to 2.20x",
+    "cpu-attention": "2.20x to 2.14x, its step 2.16x to 2.28x",
+    "cpu-norm": "2.14x to 2.41x",
+    "kv-cache": "2.41x to 2.53x",
+    "keep-memory": "2.53x to 2.60x",
+    "shared-halves": "2.60x to 2.49x, within the noise",
+}
 GAINS = {
     **{name: f"{gain} (H100 step)" for name, gain in H100_STEP.items()},
     "prepacked": "1.4x alone, 1.2x after channels-last (CPU step at 256x256)",
-    "winograd": f"{CPU_PRESET}: step 1.73x at 512x512, 1.88x at 256x256; VAE 3.5x and 3.0x",
-    **dict.fromkeys(("cpu-linear", "cpu-attention", "cpu-norm", "keep-memory"), f"{CPU_PRESET}: see winograd"),
+    **{name: f"{gain} (CPU picture)" for name, gain in CPU_PICTURE.items()},
+    "kv-cache": f"{H100_STEP['kv-cache']} (H100 step); {CPU_PICTURE['kv-cache']} (CPU picture)",
     "page-out": "1.0 GB while denoising, 1.4 GB while decoding (SD 1.5 in fp32 on a CPU)",
     "int8-weights": "none: 0.5 to 1.1 of plain speed on a CPU; UNet weights 3438 to 2629 MB",
 }
