@@ -83,6 +83,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     by_panel, first = panels(rows), rows[0]
+    by_panel = {title: members for title, members in by_panel.items() if len(members) > 1} or by_panel  # to compare
     heights = [1 + 0.32 * len(members) for members in by_panel.values()]
     figure, all_axes = pyplot.subplots(
         len(heights), 1, figsize=(9, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"

@@ -1,6 +1,6 @@
 // The arithmetic of a Stable Diffusion step on CPUs, in fp32; sd/cpu_kernels.py compiles, loads and calls it.
 //
-// Everything rests on one small loop, `micro`: R x (8 * V) numbers of a matrix product that stay in registers. Six rows
+// Everything rests on one small loop, `micro`: R x 16 numbers of a matrix product that stay in registers. Six rows
 // by two vectors fill AVX2's sixteen registers: twelve sums, two vectors of B, one number of A. B comes in panels: all of
 // K, 16 columns at a time, side by side in memory. A is read where it lies.
 // Vectors are GCC's (clang has them too), so nothing here names an instruction set; -march=native picks it.
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int W = 8;        // numbers in a vector
 constexpr int PANEL = 16;   // columns in a panel of B
-constexpr int64_t DEPTH = 1280;      // most numbers that are summed up at once: a panel of them fits into L1
+constexpr int64_t DEPTH = 1280;     // most numbers that are summed up at once; a panel of them comes from L2
 constexpr int64_t L2 = 64 * 1024;   // numbers of B that a thread works on at a time: 256 KB
 
 typedef float vec __attribute__((vector_size(4 * W)));

@@ -22,7 +22,8 @@ random numbers; 2 cores with AVX2 and no VNNI, torch 2.13, torchao 0.18, best of
     154 x 768 x 1280         0.90        0.05         2.5             2.5
     error                    0.4%        0.9%         2.1%            2.1%
 
-`python bench/sensitivity.py` measures every layer anew, with the rounding around it, on the machine that it runs on.
+`python bench/sensitivity.py` measures every layer anew, with the rounding around it, on the machine that it runs on;
+`bench/results/cpu2/sensitivity.csv` is what it wrote here.
 """
 
 import hashlib
@@ -89,11 +90,11 @@ class Quantization:
 def int8_weight_only(pipe: "StableDiffusion", layers: Collection[str] | None = None) -> None:
     """Keep the weights of Linear layers as int8, one scale a row, and widen them at each use. Approximate.
 
-    Helps: memory, 3438 -> 2630 MB for SD 1.5's UNet in fp32 and 1719 -> 1450 MB in fp16; the convolutions stay.
+    Helps: memory, 3438 -> 2629 MB for SD 1.5's UNet in fp32 and 1719 -> 1450 MB in fp16; the convolutions stay.
     Hurts: time. Each call first writes the whole weight out in the activations' dtype and only then multiplies; reading
     weights is a small part of a step at this size, so there is nothing to win back. Compiling fuses the two.
-    Measured: a layer runs at 0.7 to 0.95 of its speed (table above), SD 1.5's UNet at 256x256 at 0.54 to 1.0 of its
-    own in four noisy pairs on the same 2 cores.
+    Measured on 2 cores with AVX2: 85 layers of SD 1.5 at 512x512 run at 0.31 to 1.04 of their speed, median 0.88; a
+    picture at 256x256 at 0.97, and at 0.77 after the C++ kernels, which the quantized layers cannot use.
 
     layers: names of the UNet's Linear layers; None is `default_layers`. Raises ImportError without torchao,
     ValueError for layers that it cannot take.
@@ -254,7 +255,8 @@ def int8_static(
     The pipeline first samples `steps` steps of each prompt at size x size pixels (None: the trained size) while
     observers note every range; then the layers are swapped for packed int8 ones. Approximate.
 
-    Helps: CPUs, which have fast int8 kernels: a layer runs 1.0 to 2.7 times as fast without VNNI (table above).
+    Helps: CPUs, which have fast int8 kernels: SD 1.5's 48 attention and feed-forward modules at 512x512 run 1.05 to
+    2.3 times as fast without VNNI, median 1.5, and a picture at 256x256 1.07 times.
     Hurts: the picture, because activations share one scale a tensor, and without VNNI have 7 bits (`has_vnni`); and the
     start, as calibration costs several times `steps` guided steps a prompt: keep its result with `save_quantized`.
 
