@@ -15,10 +15,10 @@
 
 namespace {
 
-constexpr int W = 8;        // numbers in a vector
-constexpr int PANEL = 16;   // columns in a panel of B
-constexpr int64_t DEPTH = 1280;     // most numbers that are summed up at once; a panel of them comes from L2
-constexpr int64_t L2 = 64 * 1024;   // numbers of B that a thread works on at a time: 256 KB
+constexpr int W = 8;       // numbers in a vector
+constexpr int PANEL = 16;  // columns in a panel of B
+constexpr int64_t DEPTH = 1280;    // most numbers that are summed up at once; a panel of them comes from L2
+constexpr int64_t L2 = 64 * 1024;  // numbers of B that a thread works on at a time: 256 KB
 
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef int32_t ivec __attribute__((vector_size(4 * W)));
@@ -106,7 +106,8 @@ inline void turn(vec v[W]) {
 }
 
 // to[column][row] = from[row][column] * factor.
-inline void turn(const float* from, int64_t ld_from, int64_t rows, int64_t columns, float* to, int64_t ld_to, float factor = 1) {
+inline void turn(const float* from, int64_t ld_from, int64_t rows, int64_t columns, float* to, int64_t ld_to,
+                 float factor = 1) {
     for (int64_t i = 0; i < rows; i += W)
         for (int64_t j = 0; j < columns; j += W) {
             const float* block = from + i * ld_from + j;
@@ -526,7 +527,8 @@ void attend(const Attention& s, int64_t b, int64_t h, int64_t first, int64_t chu
     const float* from = s.q + b * s.q_batch + h * s.q_head + first * s.q_row;
     memset(q, 0, 8 * panels * one);  // and the sums, which follow
     for (int64_t p = 0; p < panels; p++)
-        turn(from + p * PANEL * s.q_row, s.q_row, std::min<int64_t>(PANEL, rows - p * PANEL), s.size, q + p * one, PANEL, scale);
+        turn(from + p * PANEL * s.q_row, s.q_row, std::min<int64_t>(PANEL, rows - p * PANEL), s.size, q + p * one, PANEL,
+             scale);
     std::fill(highest, highest + QUERIES, -1e30f);
     for (int64_t start = 0; start < s.keys; start += chunk) {
         const int64_t count = std::min(chunk, s.keys - start);

@@ -169,6 +169,14 @@ def patches(x: Tensor, stride: int = 1) -> Tensor:
     return out
 
 
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
+    """3x3 convolution with padding 1, as a product of patches with the weights as they are.
+
+    x [B, C_in, H, W], weight [C_out, C_in, 3, 3] -> [B, C_out, H / stride, W / stride], channels-last.
+    """
+    return linear(patches(x, stride), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
 def winograd(
     x: Tensor,
     kernel: Tensor,

@@ -228,7 +228,7 @@ class WinogradConv(nn.Conv2d):
         """On small grids as a product with the weights as they are, which oneDNN would first bring into its layout."""
         if not self.native or x.shape[2] * x.shape[3] > SMALL_GRID or not cpu_kernels.readable(x, self.weight):
             return super().forward(x)
-        return cpu_kernels.linear(cpu_kernels.patches(x), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return cpu_kernels.conv3x3(x, self.weight, self.bias)
 
     def faster(self, x: Tensor) -> bool:
         positions = x.shape[0] * x.shape[2] * x.shape[3] * (4 if self.upsampled else 1)

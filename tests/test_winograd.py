@@ -1,7 +1,10 @@
 """Winograd convolutions and the C++ kernels against float64, over sizes that are no whole tiles, vectors or panels."""
 
+import ctypes
 import itertools
 import logging
+import mmap
+import os
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bench import cpu_profile
+from bench import cpu_builds, cpu_profile
 from bench.load import resident
 from sd import cpu, cpu_kernels, inference, memory, optimize, unet, vae, winograd
 from sd.jobs import UserError
@@ -360,12 +363,22 @@ def test_page_out_loses_nothing(tmp_path):
 
 def test_paged_out_weights_leave_the_process(tmp_path):
     path, size = tmp_path / "zeros", 64 << 20
-    path.write_bytes(bytes(size))
+    with path.open("wb") as file:
+        file.write(bytes(size))
+        os.fsync(file.fileno())  # the system drops only pages that are on the disk
     from_file = torch.from_file(str(path), shared=False, size=size // 4)
     assert from_file.sum() == 0
     before = resident()["VmRSS"]
     memory.page_out(from_file)
     assert resident()["VmRSS"] < before - 0.9 * size
+    assert in_the_systems_cache(from_file)
+
+
+def in_the_systems_cache(tensor: Tensor) -> bool:
+    """Whether all pages of a mapped tensor would be found without reading the file."""
+    found = (ctypes.c_ubyte * (tensor.nbytes // mmap.PAGESIZE))()
+    result = ctypes.CDLL(None).mincore(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), found)
+    return result == 0 and all(page & 1 for page in found)
 
 
 @pytest.mark.parametrize(
@@ -397,3 +410,22 @@ def test_profile_counts_the_operations_of_the_direct_way(monkeypatch):
     assert clock.flops["sd_attention 24 x 24, heads of 8"] == 4 * 2 * 24 * 24 * 8
     assert clock.flops["sd_winograd F(4x4) at 8x8"] == 2 * 9 * 8 * 8 * 8 * 16
     assert set(clock.calls.values()) == {1}
+
+
+@no_compiler
+def test_a_build_beside_another(monkeypatch):
+    for name in ("SOURCE", "load"):
+        monkeypatch.setattr(cpu_kernels, name, getattr(cpu_kernels, name))  # is put back afterwards
+    builds = [cpu_builds.build(cpu_kernels.SOURCE)] * 2
+    for case in (cpu_builds.linear(6, 16, 32), cpu_builds.attention(24, 24, 8), cpu_builds.convolution(4, 8, 8, 16)):
+        row = cpu_builds.compare(builds, case, rounds=3)
+        assert row["kernel"] == case.label
+        assert float(row["speed-up"].split()[0]) > 0
+
+
+def test_a_source_that_cannot_be_built(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cpu_kernels, "SOURCE", cpu_kernels.SOURCE)
+    (tmp_path / "other.cpp").write_text("no C++")
+    for name in ("other.cpp", "missing.cpp"):
+        assert cpu_builds.main([str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
