@@ -66,7 +66,7 @@ def load_pipeline(weights: str, device: torch.device, dtype: torch.dtype) -> Sta
     if weights == "random":
         return random_pipeline(SD15, device, dtype)
     if weights == "tiny":
-        from tests.checkpoints import TINY
+        from bench.reference.weights import TINY
 
         return random_pipeline(TINY, device, dtype)
     return StableDiffusion.load(weights, device=device, dtype=dtype)

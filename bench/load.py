@@ -62,8 +62,8 @@ def parse_args() -> argparse.Namespace:
 def random_checkpoints(folder: Path) -> Iterator[Path]:
     """SD 1.5 in each format and precision, written when it is its turn."""
     from bench.common import free_memory
+    from bench.reference.weights import random_models, write_ckpt, write_safetensors
     from sd.config import SD15
-    from tests.checkpoints import random_models, write_ckpt, write_safetensors
 
     for dtype in (torch.float32, torch.float16):
         for write, suffix in ((write_ckpt, "ckpt"), (write_safetensors, "safetensors")):

@@ -185,8 +185,8 @@ def glimpse(pipe: StableDiffusion, size: int) -> Tensor:
 
 
 def open_diffusers(task: Task, channels_last: bool = False, compiled: bool = False) -> Calls:
+    from bench.reference.oracles import ddim_scheduler
     from bench.vs_diffusers import diffusers_pipeline
-    from tests.oracles import ddim_scheduler
 
     ours = load(task)
     theirs = diffusers_pipeline(ours)
@@ -251,7 +251,7 @@ class Positional(nn.Module):
 
 
 def open_openvino(task: Task) -> Calls:
-    from tests.oracles import diffusers_unet, diffusers_vae
+    from bench.reference.oracles import diffusers_unet, diffusers_vae
 
     pipe = load(task)
     given = inputs(pipe.config, task.size)

@@ -51,7 +51,7 @@ class Contestant:
 
 
 def step_contestants(pipe: StableDiffusion, args: argparse.Namespace) -> list[Contestant]:
-    from tests.oracles import diffusers_unet
+    from bench.reference.oracles import diffusers_unet
 
     config, side = pipe.config, args.size // pipe.config.vae.downsampling
     random = functools.partial(torch.randn, device=pipe.device, dtype=pipe.dtype)
@@ -114,7 +114,7 @@ def diffusers_pipeline(pipe: StableDiffusion):
     """diffusers' pipeline over the same weights, with the sampler that is ours by default."""
     from diffusers import StableDiffusionPipeline
 
-    from tests import oracles
+    from bench.reference import oracles
 
     theirs = StableDiffusionPipeline(
         vae=oracles.diffusers_vae(pipe.vae, pipe.config.vae),

@@ -27,8 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A small model as pipe.save writes it, its configuration in the file: it draws 64x64 pixels."""
+    from bench.reference.weights import random_models, tiny_config
     from sd.pipeline import StableDiffusion
-    from tests.checkpoints import random_models, tiny_config
 
     config = tiny_config()
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"

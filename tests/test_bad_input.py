@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from bench.reference.weights import original_layout, random_models, tiny_config, write_ckpt
 from sd import inference
 from sd.inference import main
 from sd.pipeline import GET_WEIGHTS
-from tests.checkpoints import original_layout, random_models, tiny_config, write_ckpt
 
 PROGRAM = Path(inference.__file__)
 

@@ -11,11 +11,11 @@ from scipy import ndimage
 
 from bench import common, fidelity, ladder, report, roofline, rungs, speed
 from bench.compilation import Counts
+from bench.reference.weights import tiny_config
 from sd import optimize
 from sd.config import SD15
 from sd.model_loader import build
 from sd.pipeline import StableDiffusion
-from tests.checkpoints import tiny_config
 
 CPU = torch.device("cpu")
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.reference import oracles
+from bench.reference.oracles import relative_error
+from bench.reference.weights import random_models, write_ckpt
 from sd.config import SD15
 from sd.images import read_parameters
 from sd.pipeline import StableDiffusion
-from tests import oracles
-from tests.checkpoints import random_models, write_ckpt
-from tests.oracles import relative_error
 from tests.test_pipeline import assert_image_to_image_matches, detailed, differ, diffusers_pipeline, smooth_noise
 
 pytestmark = pytest.mark.full

@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.reference.weights import random_models, tiny_config
 from sd import inference, memory
 from sd.images import read_parameters, save_png
 from sd.inference import main, parse_arguments, recall
 from sd.pipeline import StableDiffusion
-from tests.checkpoints import random_models, tiny_config
 
 PROGRAM = Path(inference.__file__)
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}

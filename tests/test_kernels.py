@@ -11,8 +11,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import random_models, tiny_config
 from torch import Tensor, nn
+
+from bench.reference.weights import random_models, tiny_config
 
 pytest.importorskip("triton", reason="fused kernels need Triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

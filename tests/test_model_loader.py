@@ -20,10 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sd import model_loader
-from sd.config import SD15
-from sd.model_loader import PREFIXES, TOKEN_TABLE, CheckpointError
-from tests.checkpoints import (
+from bench.reference.weights import (
     TINY,
     Models,
     original_layout,
@@ -33,6 +30,9 @@ from tests.checkpoints import (
     write_ckpt,
     write_safetensors,
 )
+from sd import model_loader
+from sd.config import SD15
+from sd.model_loader import PREFIXES, TOKEN_TABLE, CheckpointError
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = tiny_config(

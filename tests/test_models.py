@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from bench.reference import oracles
+from bench.reference.oracles import relative_error
+from bench.reference.weights import random_models, tiny_config
 from sd.attention import attention, naive_attention
 from sd.clip import CLIP
 from sd.config import SD15, Config, TextConfig, UNetConfig, VAEConfig
 from sd.unet import UNet, timestep_embedding
 from sd.vae import VAE
-from tests import oracles
-from tests.checkpoints import random_models, tiny_config
-from tests.oracles import relative_error
 
 TIGHT = 1e-10
 

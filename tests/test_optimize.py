@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import TINY, random_models, tiny_config
 from torch import Tensor, nn
 
+from bench.reference.weights import TINY, random_models, tiny_config
 from sd import allocator, cache, graphs, onednn, optimize, tiling
 from sd.attention import Chip, backend_for
 from sd.ddpm import spaced_timesteps

@@ -9,9 +9,9 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from bench.reference import oracles
+from bench.reference.weights import random_models, tiny_config
 from sd.pipeline import DATA, StableDiffusion
-from tests import oracles
-from tests.checkpoints import random_models, tiny_config
 
 PROMPTS = ["a lighthouse in a storm", "two red apples"]
 NEGATIVE = "blurry"

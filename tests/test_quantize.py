@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.ao.nn.quantized as nnq
-from checkpoints import random_models, tiny_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
 from bench import common, sensitivity
+from bench.reference.weights import random_models, tiny_config
 from sd import optimize, quantize
 from sd.optimize import OptimizationError
 from sd.pipeline import StableDiffusion

@@ -24,12 +24,12 @@ import torch
 import uvicorn
 from PIL import Image
 
+from bench.reference.weights import tiny_config
 from sd import inference, serve, worker
 from sd.images import read_parameters
 from sd.jobs import UserError
 from sd.serve import Limits, auth_from_env, create_app, limits_from_env
 from sd.service import BasicAuth, answer_type, host_name
-from tests.checkpoints import tiny_config
 
 PROGRAM = Path(serve.__file__)
 PNG, JSON, NDJSON = "image/png", "application/json", "application/x-ndjson"

@@ -9,13 +9,13 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import TINY, random_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bench import cpu_builds, cpu_profile
 from bench.load import resident
+from bench.reference.weights import TINY, random_models
 from sd import cpu, cpu_kernels, inference, memory, optimize, unet, vae, winograd
 from sd.jobs import UserError
 from sd.winograd import NATIVE, Rates, Use, WinogradConv
