@@ -28,8 +28,8 @@ from sd import cpu_kernels, optimize
 from sd.allocator import freed_memory_kept
 from sd.config import Config
 from sd.ddpm import alphas_cumprod, predict_x0
+from sd.guidance import Guided
 from sd.pipeline import StableDiffusion
-from sd.samplers import Guided
 
 PROMPT = "a lighthouse in a storm"
 SEED = 7

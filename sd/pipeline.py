@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -17,11 +18,15 @@ from sd import model_loader
 from sd.clip import CLIP
 from sd.config import Config
 from sd.ddpm import add_noise, spaced_timesteps
+from sd.guidance import Call, Guided
 from sd.images import from_pil, to_pil
-from sd.samplers import SAMPLERS, Guided, PictureNoise
+from sd.samplers import SAMPLERS, PictureNoise
 from sd.tokenizer import Tokenizer
 from sd.unet import UNet
 from sd.vae import VAE
+
+if TYPE_CHECKING:
+    from sd.optimizations import Explanation
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +68,8 @@ class StableDiffusion:
     """Text encoder, UNet and VAE with everything between a prompt and a picture.
 
     `pipe.clip(tokens)`, `pipe.unet(x, t, context)`, `pipe.vae.encode(images)` and `pipe.vae.decode(latents)` are the
-    modules themselves. `pipe.times` holds the seconds of each stage of the latest `generate`.
+    modules themselves. `pipe.times` holds the seconds of each stage of the latest `generate`, `pipe.optimizations` the
+    names of what sd.optimizations has applied, `pipe.call` where in a picture the UNet is called.
     """
 
     def __init__(self, config: Config, clip: CLIP, unet: UNet, vae: VAE, tokenizer: Tokenizer | None = None):
@@ -76,6 +82,8 @@ class StableDiffusion:
         self.device = weight.device
         self.dtype = weight.dtype
         self.times: dict[str, float] = {}
+        self.call = Call()
+        self.optimizations: list[str] = []
 
     @classmethod
     def load(
@@ -96,6 +104,12 @@ class StableDiffusion:
             log.info(DEMO_NOTICE)
         config, clip, unet, vae = model_loader.load(path, ema=ema, device=device, dtype=dtype)
         return cls(config, clip, unet, vae)
+
+    def explain(self) -> "Explanation":
+        """What runs in each module, and which optimization put it there: print it."""
+        from sd.optimizations import explain  # the models and this file know no optimization
+
+        return explain(self)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the weights in the original layout as .safetensors, with the configuration in the metadata."""
@@ -171,10 +185,12 @@ class StableDiffusion:
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Denoise x [B, z, h, w] from timesteps[0] on -> clean latents of the same shape, still scaled."""
-        denoise = Guided(self.unet, context, cfg_scale)
-        for i, x in enumerate(SAMPLERS[sampler](denoise, x, timesteps, noise), start=1):  # noqa: B020
-            if on_step:
-                on_step(i, len(timesteps), x)
+        with self.call.sampling(timesteps, guided=cfg_scale != 1) as start_step:
+            denoise = Guided(self.unet, context, cfg_scale, self.call)
+            for i, x in enumerate(SAMPLERS[sampler](denoise, x, timesteps, noise), start=1):  # noqa: B020
+                start_step(i)
+                if on_step:
+                    on_step(i, len(timesteps), x)
         return x
 
     def decode(self, x: Tensor) -> Tensor:

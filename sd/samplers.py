@@ -1,4 +1,4 @@
-"""Samplers other than DDPM, classifier-free guidance, and where the noise comes from. Nothing here knows a model."""
+"""Samplers other than DDPM, and where the noise comes from. Nothing here knows a model."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -23,28 +23,6 @@ def ddim(denoise: Denoise, x: Tensor, timesteps: Sequence[int], noise: Noise) ->
 
 
 SAMPLERS: dict[str, Callable[..., Iterator[Tensor]]] = {"ddpm": ddpm, "ddim": ddim}
-
-
-class Guided:
-    """A denoiser with classifier-free guidance (Ho and Salimans 2022): uncond + scale * (cond - uncond).
-
-    `predict(x, t, context)` is the network. `context` [2B, S, C] holds the unconditional half first, then the
-    conditional one, and both go through the network in one call; at scale 1 it is only the conditional half, [B, S, C].
-    The network runs in context's dtype, the guidance in x's.
-    """
-
-    def __init__(self, predict: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor, scale: float):
-        self.predict = predict
-        self.context = context
-        self.scale = scale
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Latents x [B, C, H, W] at timestep t [] -> the noise in them, [B, C, H, W] in x's dtype."""
-        if self.scale == 1:
-            return self.predict(x.to(self.context.dtype), t, self.context).to(x.dtype)
-        both = torch.cat([x, x]).to(self.context.dtype)
-        uncond, cond = self.predict(both, t, self.context).to(x.dtype).chunk(2)
-        return uncond + self.scale * (cond - uncond)
 
 
 class PictureNoise:

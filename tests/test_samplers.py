@@ -5,7 +5,8 @@ import torch
 
 from bench.reference.oracles import ddim_scheduler, ddpm_scheduler, relative_error
 from sd.ddpm import add_noise, alphas_cumprod, ddpm, predict_x0, spaced_timesteps
-from sd.samplers import SAMPLERS, Guided, PictureNoise, ddim
+from sd.guidance import Guided
+from sd.samplers import SAMPLERS, PictureNoise, ddim
 
 STEPS = (1, 3, 20, 30, 50, 60, 999)
 SHAPE = (1, 4, 8, 8)

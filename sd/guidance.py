@@ -1,0 +1,73 @@
+"""Classifier-free guidance: the denoiser that a sampler calls, over a network that takes text. It knows no model."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A network: predict(x [B, C, H, W], t [], context [B, S, C]) -> the noise in x."""
+
+
+@dataclass
+class Call:
+    """Where in a picture the network is called: the one record of it, kept on the host.
+
+    step counts from 0 to steps - 1, timestep is the schedule's there. guided: the picture is drawn with guidance.
+    halves_alike: the call's batch is two halves that hold the same latents. Between pictures it is as it is made.
+    """
+
+    step: int = 0
+    steps: int = 1
+    timestep: int | None = None
+    guided: bool = False
+    halves_alike: bool = False
+
+    @contextmanager
+    def sampling(self, timesteps: Sequence[int], guided: bool) -> Iterator[Callable[[int], None]]:
+        """Within this a picture is drawn; yields start(step), to be called before each step."""
+        self.steps, self.guided = len(timesteps), guided
+
+        def start(step: int) -> None:
+            self.step, self.timestep = step, timesteps[step] if step < len(timesteps) else None
+
+        start(0)
+        try:
+            yield start
+        finally:
+            self.__init__()
+
+    @contextmanager
+    def halves(self, alike: bool) -> Iterator[None]:
+        """Within this the network's batch is, or is not, two halves alike."""
+        before, self.halves_alike = self.halves_alike, alike
+        try:
+            yield
+        finally:
+            self.halves_alike = before
+
+
+class Guided:
+    """A denoiser with classifier-free guidance (Ho and Salimans 2022): uncond + scale * (cond - uncond).
+
+    `predict(x, t, context)` is the network. `context` [2B, S, C] holds the unconditional half first, then the
+    conditional one, and both go through the network in one call; at scale 1 it is only the conditional half, [B, S, C].
+    The network runs in context's dtype, the guidance in x's. `call` is told that the halves are alike.
+    """
+
+    def __init__(self, predict: Predict, context: Tensor, scale: float, call: Call | None = None):
+        self.predict = predict
+        self.context = context
+        self.scale = scale
+        self.call = call or Call()
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """Latents x [B, C, H, W] at timestep t [] -> the noise in them, [B, C, H, W] in x's dtype."""
+        if self.scale == 1:
+            return self.predict(x.to(self.context.dtype), t, self.context).to(x.dtype)
+        both = torch.cat([x, x]).to(self.context.dtype)
+        with self.call.halves(alike=True):
+            uncond, cond = self.predict(both, t, self.context).to(x.dtype).chunk(2)
+        return uncond + self.scale * (cond - uncond)
