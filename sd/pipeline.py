@@ -63,15 +63,25 @@ class StableDiffusion:
     """Text encoder, UNet and VAE with everything between a prompt and a picture.
 
     `pipe.clip(tokens)`, `pipe.unet(x, t, context)`, `pipe.vae.encode(images)` and `pipe.vae.decode(latents)` are the
-    modules themselves. `pipe.times` holds the seconds of each stage of the latest `generate`.
+    modules themselves. `pipe.times` holds the seconds of each stage of the latest `generate`, `pipe.source` the file
+    that the weights were loaded from, None if they were not.
     """
 
-    def __init__(self, config: Config, clip: CLIP, unet: UNet, vae: VAE, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self,
+        config: Config,
+        clip: CLIP,
+        unet: UNet,
+        vae: VAE,
+        tokenizer: Tokenizer | None = None,
+        source: model_loader.Source | None = None,
+    ):
         self.config = config
         self.clip = clip
         self.unet = unet
         self.vae = vae
         self.tokenizer = tokenizer or Tokenizer()
+        self.source = source
         weight = next(unet.parameters())
         self.device = weight.device
         self.dtype = weight.dtype
@@ -95,7 +105,7 @@ class StableDiffusion:
         if path == DEMO_CHECKPOINT:
             log.info(DEMO_NOTICE)
         config, clip, unet, vae = model_loader.load(path, ema=ema, device=device, dtype=dtype)
-        return cls(config, clip, unet, vae)
+        return cls(config, clip, unet, vae, source=model_loader.Source.of(path, ema, dtype))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the weights in the original layout as .safetensors, with the configuration in the metadata."""
