@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sd.config import SD15, Config
-from sd.model_loader import build
+from sd.models import build
 from sd.pipeline import StableDiffusion
 from sd.unet import UNet
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import common
 from sd import clip, unet, vae
 from sd.config import Config
-from sd.model_loader import build
+from sd.models import build
 from sd.pipeline import StableDiffusion, default_device
 
 log = logging.getLogger("roofline")

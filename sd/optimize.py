@@ -367,7 +367,7 @@ def page_out(pipe: Pipe) -> None:
     checkpoint is in fp32. Hurts: the next picture, which finds them in the system's cache (0.3 s), or reads them from
     the disk if something else took the room (seconds).
     """
-    from sd.memory import mapped, page_out
+    from sd.checkpoints.mapped import mapped, page_out
 
     unused_by_unet = mapped([*pipe.clip.parameters(), *pipe.vae.parameters()])
     unused_by_vae = mapped(pipe.unet.parameters())

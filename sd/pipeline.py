@@ -69,15 +69,25 @@ class StableDiffusion:
 
     `pipe.clip(tokens)`, `pipe.unet(x, t, context)`, `pipe.vae.encode(images)` and `pipe.vae.decode(latents)` are the
     modules themselves. `pipe.times` holds the seconds of each stage of the latest `generate`, `pipe.optimizations` the
-    names of what sd.optimizations has applied, `pipe.call` where in a picture the UNet is called.
+    names of what sd.optimizations has applied, `pipe.call` where in a picture the UNet is called, `pipe.source` the
+    file that the weights were loaded from, None if they were not.
     """
 
-    def __init__(self, config: Config, clip: CLIP, unet: UNet, vae: VAE, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self,
+        config: Config,
+        clip: CLIP,
+        unet: UNet,
+        vae: VAE,
+        tokenizer: Tokenizer | None = None,
+        source: model_loader.Source | None = None,
+    ):
         self.config = config
         self.clip = clip
         self.unet = unet
         self.vae = vae
         self.tokenizer = tokenizer or Tokenizer()
+        self.source = source
         weight = next(unet.parameters())
         self.device = weight.device
         self.dtype = weight.dtype
@@ -103,7 +113,7 @@ class StableDiffusion:
         if path == DEMO_CHECKPOINT:
             log.info(DEMO_NOTICE)
         config, clip, unet, vae = model_loader.load(path, ema=ema, device=device, dtype=dtype)
-        return cls(config, clip, unet, vae)
+        return cls(config, clip, unet, vae, source=model_loader.Source.of(path, ema, dtype))
 
     def explain(self) -> "Explanation":
         """What runs in each module, and which optimization put it there: print it."""

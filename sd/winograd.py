@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from sd import cpu_kernels, unet, vae
 from sd.cache import stamp
-from sd.memory import mapped, page_out
-from sd.model_loader import build
+from sd.checkpoints.mapped import mapped, page_out
+from sd.models import build
 
 log = logging.getLogger(__name__)
 

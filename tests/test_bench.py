@@ -14,7 +14,7 @@ from bench.compilation import Counts
 from bench.reference.weights import tiny_config
 from sd import optimize
 from sd.config import SD15
-from sd.model_loader import build
+from sd.models import build
 from sd.pipeline import StableDiffusion
 
 CPU = torch.device("cpu")

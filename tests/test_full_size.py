@@ -110,6 +110,6 @@ def test_command_line_from_a_ckpt(ckpt, tmp_path):
 
 
 def random_sizes():
-    from sd.model_loader import build
+    from sd.models import build
 
     return (list(model.parameters()) for model in build(SD15))

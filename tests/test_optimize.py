@@ -16,7 +16,7 @@ from bench.reference.weights import TINY, random_models, tiny_config
 from sd import allocator, cache, graphs, onednn, optimize, tiling
 from sd.attention import Chip, backend_for
 from sd.ddpm import spaced_timesteps
-from sd.model_loader import build
+from sd.models import build
 from sd.optimize import REGISTRY, OptimizationError
 from sd.pipeline import StableDiffusion
 from sd.samplers import PictureNoise

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from bench import cpu_builds, cpu_profile
 from bench.load import resident
 from bench.reference.weights import TINY, random_models
-from sd import cpu, cpu_kernels, inference, memory, optimize, unet, vae, winograd
+from sd import cpu, cpu_kernels, inference, optimize, unet, vae, winograd
+from sd.checkpoints.mapped import mapped, page_out
 from sd.jobs import UserError
 from sd.winograd import NATIVE, Rates, Use, WinogradConv
 
@@ -352,12 +353,12 @@ def test_page_out_loses_nothing(tmp_path):
     path.write_bytes(numbers(1 << 20).numpy().tobytes())
     from_file = torch.from_file(str(path), shared=False, size=1 << 20)
     own = from_file.clone()
-    assert memory.mapped([own, from_file]) == [from_file]
+    assert mapped([own, from_file]) == [from_file]
     for tensor in (from_file, own, own[5:9]):
-        memory.page_out(tensor)
+        page_out(tensor)
     assert torch.equal(from_file, own)
     own[4321] = from_file[4321] = 7
-    memory.page_out(from_file)
+    page_out(from_file)
     assert torch.equal(from_file, own)
 
 
@@ -369,7 +370,7 @@ def test_paged_out_weights_leave_the_process(tmp_path):
     from_file = torch.from_file(str(path), shared=False, size=size // 4)
     assert from_file.sum() == 0
     before = resident()["VmRSS"]
-    memory.page_out(from_file)
+    page_out(from_file)
     assert resident()["VmRSS"] < before - 0.9 * size
     assert in_the_systems_cache(from_file)
 

@@ -8,9 +8,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditi
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from sd.checkpoints.layouts import PREFIXES
 from sd.clip import CLIP
 from sd.config import TextConfig, UNetConfig, VAEConfig
-from sd.model_loader import PREFIXES
 from sd.unet import UNet
 from sd.vae import VAE
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sd.checkpoints.layouts import PREFIXES, ema_name
 from sd.clip import CLIP
 from sd.config import Config, TextConfig, UNetConfig, VAEConfig
-from sd.model_loader import PREFIXES, build, ema_name
+from sd.models import build
 from sd.unet import UNet
 from sd.vae import VAE
 

@@ -1,0 +1,112 @@
+"""From a file, or an index and the files beside it, to tensors by name: the first bytes decide how it is read."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from sd.checkpoints.errors import CheckpointError, damaged, naming, some
+from sd.checkpoints.layouts import with_text_level
+from sd.checkpoints.pickles import read_legacy, read_zip
+
+_HEAD_BYTES = 512
+
+_LARGEST_HEADER = 100_000_000  # what safetensors accepts
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint's tensors and metadata, its size in bytes, and whether the tensors are the mapped file."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    size: int
+    mapped: bool
+
+
+def open_checkpoint(path: Path) -> Opened:
+    """Read any of the formats; names are the original layout's. Raises CheckpointError without the path."""
+    head = _head(path)
+    with damaged("a damaged checkpoint; fetch it again"):
+        opened = _reader(head)(path)
+    return replace(opened, tensors=with_text_level(opened.tensors))
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a regular file; an error for what is known not to hold weights."""
+    if path.is_dir():
+        raise CheckpointError("a folder; name the .safetensors or .ckpt file in it")
+    if not path.exists():
+        raise CheckpointError("no such file")
+    if not path.is_file():
+        raise CheckpointError("not a regular file")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"cannot be opened ({error.strerror})") from error
+    if problem := _not_weights(head):
+        raise CheckpointError(problem)
+    return head
+
+
+def _not_weights(head: bytes) -> str | None:
+    if not head:
+        return "an empty file; fetch it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the weights; run `git lfs pull`"
+    if head.lstrip()[:1] == b"<":
+        return "a web page, not weights; download the file itself"
+    return None
+
+
+def _reader(head: bytes):
+    if head.startswith(b"PK\x03\x04"):
+        return _read_zip
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
+        return _read_safetensors
+    if head.lstrip()[:1] == b"{":
+        return _read_index
+    return _read_legacy
+
+
+def _read_zip(path: Path) -> Opened:
+    return Opened(read_zip(path), {}, path.stat().st_size, mapped=True)
+
+
+def _read_legacy(path: Path) -> Opened:
+    return Opened(read_legacy(path), {}, path.stat().st_size, mapped=False)
+
+
+def _read_safetensors(path: Path) -> Opened:
+    with damaged("a truncated or damaged safetensors file; fetch it again"), safe_open(path, framework="pt") as file:
+        return Opened(file.get_tensors(), file.metadata() or {}, path.stat().st_size, mapped=True)
+
+
+def _read_index(path: Path) -> Opened:
+    """A checkpoint split in the Hugging Face convention: which tensor is in which of the files beside the index."""
+    with damaged("not a checkpoint, nor the index of a split one"):
+        index = json.loads(path.read_bytes())
+        files = {name: _beside(path, file) for name, file in index["weight_map"].items()}
+    parts = {file: _read_part(file) for file in sorted(set(files.values()))}
+    if absent := [name for name, file in files.items() if name not in parts[file].tensors]:
+        raise CheckpointError(f"the files of this split checkpoint lack {some(absent)}")
+    metadata = {key: str(value) for key, value in (index.get("metadata") or {}).items()}
+    first = next(iter(parts.values())).metadata if parts else {}
+    tensors = {name: parts[file].tensors[name] for name, file in files.items()}
+    return Opened(tensors, {**first, **metadata}, sum(part.size for part in parts.values()), mapped=True)
+
+
+def _read_part(path: Path) -> Opened:
+    with naming(path.name):
+        if _reader(_head(path)) is not _read_safetensors:
+            raise CheckpointError("not a safetensors file")
+        return _read_safetensors(path)
+
+
+def _beside(index: Path, file: str) -> Path:
+    if file in ("", ".", "..") or Path(file).name != file:
+        raise CheckpointError(f"the index names a file outside its folder: {file}")
+    return index.with_name(file)

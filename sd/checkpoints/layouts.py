@@ -1,0 +1,52 @@
+"""How checkpoints call their tensors: the original layout of Stable Diffusion 1.x, and by what others are known."""
+
+import re
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from sd.checkpoints.errors import CheckpointError
+
+PREFIXES = {
+    "clip": "cond_stage_model.transformer.text_model.",
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+}
+
+TOKEN_TABLE = PREFIXES["clip"] + "embeddings.token_embedding.weight"
+
+TOKEN_IDS = PREFIXES["clip"] + "embeddings.token_embedding.ids"
+
+
+def ema_name(name: str) -> str:
+    """What the original code's LitEma calls a UNet tensor: `out.2.bias` -> `model_ema.diffusion_modelout2bias`."""
+    return "model_ema." + f"diffusion_model.{name}".replace(".", "")
+
+
+def with_text_level(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Some versions of transformers wrote the text encoder without the level `text_model.`."""
+    full = PREFIXES["clip"]
+    outer = full.removesuffix("text_model.")
+    if any(name.startswith(full) for name in tensors):
+        return tensors
+    return {full + name[len(outer) :] if name.startswith(outer) else name: t for name, t in tensors.items()}
+
+
+# How the tensors of other models are called. The first that fits is named.
+_OTHER_FAMILIES = (
+    (r"conditioner\.embedders\.", "Stable Diffusion XL"),
+    (r"cond_stage_model\.model\.", "Stable Diffusion 2"),
+    (r"model\.diffusion_model\.joint_blocks\.", "Stable Diffusion 3"),
+    (r"(model\.diffusion_model\.)?double_blocks\.", "Flux"),
+    (r".*(lora_(unet|te|up|down|A|B)|\.lora\.|hada_w1|lokr_w)", "a LoRA, a change to a checkpoint and not one itself"),
+    (r"control_model\.|controlnet_", "a ControlNet"),
+    (r"(unet\.)?(down|up)_blocks\.|(en|de)coder\.(down|up)_blocks\.", "one model of the diffusers layout"),
+)
+
+
+def refuse_other_families(names: Iterable[str]) -> None:
+    names = list(names)
+    for pattern, family in _OTHER_FAMILIES:
+        begins = re.compile(pattern).match
+        if any(begins(name) for name in names):
+            raise CheckpointError(f"this is {family}; Stable Diffusion 1.x in the original layout is needed")
