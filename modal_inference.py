@@ -125,7 +125,7 @@ def not_the_demo_model(path: Path) -> bool:
 
 def not_the_program(path: Path) -> bool:
     """Of sd/, what is not uploaded: bytecode, and weights that somebody put there."""
-    return path.suffix not in (".py", ".html", ".cpp", ".json")
+    return path.suffix not in (".py", ".html", ".cpp", ".h", ".json")
 
 
 image = (

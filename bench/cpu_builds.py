@@ -1,13 +1,14 @@
 """Another build of the C++ kernels beside the one here, on the shapes of a step: did a change pay?
 
-    git show COMMIT:sd/cpu_kernels.cpp > other.cpp
-    python bench/cpu_builds.py other.cpp
+    mkdir other; git archive COMMIT sd/kernels/cpp | tar -x -C other
+    python bench/cpu_builds.py other/sd/kernels/cpp
 
 Both builds run in one process, taking turns. GFLOP/s are those of the direct algorithm.
 """
 
 import argparse
 import ctypes
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,42 +20,54 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import common
 from bench.common import Spread
-from sd import cpu_kernels, winograd
-from sd.allocator import freed_memory_kept
+from sd import winograd
+from sd.kernels import native
+from sd.kernels.allocator import freed_memory_kept
+
+Run = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a kernel, and the operations of the direct algorithm."""
+    """A call of a kernel, made once for each build, and the operations of the direct algorithm."""
 
     label: str
     flops: int
-    run: Callable[[], torch.Tensor]
+    make: Callable[[], Run]
 
 
 def linear(rows: int, k: int, n: int) -> Case:
     x, weight, bias = torch.randn(rows, k), torch.randn(n, k), torch.randn(n)
-    return Case(f"linear {rows} x {k} to {n}", 2 * rows * k * n, lambda: cpu_kernels.linear(x, weight, bias))
+    return Case(f"linear {rows} x {k} to {n}", 2 * rows * k * n, lambda: lambda: native.linear(x, weight, bias))
 
 
 def geglu(rows: int, k: int, n: int) -> Case:
     x, weight, bias = torch.randn(rows, k), torch.randn(2 * n, k) / k**0.5, torch.randn(2 * n)
-    return Case(f"GEGLU {rows} x {k} to {n}", 4 * rows * k * n, lambda: cpu_kernels.geglu(x, weight, bias))
+    return Case(f"GEGLU {rows} x {k} to {n}", 4 * rows * k * n, lambda: lambda: native.geglu(x, weight, bias))
 
 
 def attention(queries: int, keys: int, size: int, heads: int = 8, batch: int = 2) -> Case:
     q, k, v = (torch.randn(batch, length, heads, size).transpose(1, 2) for length in (queries, keys, keys))
     flops = 4 * batch * heads * queries * keys * size
-    return Case(f"attention {queries} x {keys}, heads of {size}", flops, lambda: cpu_kernels.attention(q, k, v))
+    return Case(f"attention {queries} x {keys}, heads of {size}", flops, lambda: lambda: native.attention(q, k, v))
 
 
 def convolution(m: int, side: int, c_in: int, c_out: int, batch: int = 2) -> Case:
     x = torch.randn(batch, c_in, side, side).contiguous(memory_format=torch.channels_last)
     weight, g = torch.randn(c_out, c_in, 3, 3), winograd.matrices(m, torch.float64)[1]
-    kernel = cpu_kernels.winograd_kernel(weight, g, upsampled=False)
-    flops = 18 * batch * side * side * c_in * c_out
-    label = f"F({m}x{m}) {c_in} to {c_out} at {side}x{side}"
-    return Case(label, flops, lambda: cpu_kernels.winograd(x, kernel, c_out, m=m))
+
+    def make() -> Run:
+        kernel = native.winograd_kernel(weight, g, upsampled=False)  # in the build's own layout
+        return lambda: native.winograd(x, kernel, c_out, m=m)
+
+    return Case(f"F({m}x{m}) {c_in} to {c_out} at {side}x{side}", 18 * batch * side * side * c_in * c_out, make)
+
+
+def group_norm(channels: int, side: int, batch: int = 2) -> Case:
+    x = torch.randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+    gain, shift = torch.randn(channels), torch.randn(channels)
+    run = lambda: native.group_norm(x, 32, gain, shift, 1e-5, silu=True)  # noqa: E731
+    return Case(f"GroupNorm + SiLU of {channels} at {side}x{side}", 0, lambda: run)
 
 
 def cases() -> Iterator[Case]:
@@ -65,42 +78,52 @@ def cases() -> Iterator[Case]:
     yield from (attention(4096, 4096, 40), attention(1024, 1024, 80), attention(256, 256, 160), attention(4096, 77, 40))
     yield from (convolution(4, 64, 320, 320), convolution(4, 32, 640, 640), convolution(4, 32, 1280, 640))
     yield convolution(2, 16, 1280, 1280)
+    yield from (group_norm(320, 64), group_norm(1280, 16))
 
 
-def build(source: Path) -> ctypes.CDLL:
-    """Raises ValueError for a source that cannot be built."""
-    cpu_kernels.SOURCE = source
-    library = cpu_kernels.load.__wrapped__()
+def build(sources: Path) -> ctypes.CDLL:
+    """The library of a folder's sources. Raises ValueError for what cannot be built."""
+    here, native.SOURCES = native.SOURCES, sources
+    try:
+        library, reason = native.attempt.__wrapped__()
+    finally:
+        native.SOURCES = here
     if library is None:
-        raise ValueError(f"{source} cannot be built")
+        raise ValueError(f"{sources}: {reason}")
     return library
+
+
+def use(library: ctypes.CDLL) -> None:
+    native.load = lambda: library
 
 
 def compare(builds: Sequence[ctypes.CDLL], case: Case, rounds: int) -> dict[str, str]:
     """A row of the table: the speed-up is the first build's time over the second's, of the same rounds."""
 
-    def timed(library: ctypes.CDLL) -> float:
-        cpu_kernels.load = lambda: library
-        return common.timed(case.run, torch.device("cpu"))
+    def timed(library: ctypes.CDLL, run: Run) -> float:
+        use(library)
+        return common.timed(run, torch.device("cpu"))
 
-    calls = [lambda library=library: timed(library) for library in builds]
+    calls = []
+    for library in builds:
+        use(library)
+        calls.append(functools.partial(timed, library, case.make()))
     common.interleave(calls, 1)
     other, here = common.interleave(calls, rounds)
     ratio = Spread.of([a / b for a, b in zip(other, here, strict=True)])
-    rates = [f"{case.flops / Spread.of(seconds).median / 1e9:.0f}" for seconds in (other, here)]
+    rates = [f"{case.flops / Spread.of(seconds).median / 1e9:.0f}" if case.flops else "" for seconds in (other, here)]
     speedup = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
     return {"kernel": case.label, "other GFLOP/s": rates[0], "here GFLOP/s": rates[1], "speed-up": speedup}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("other", type=Path, metavar="FILE", help="another cpu_kernels.cpp")
+    parser.add_argument("other", type=Path, metavar="FOLDER", help="another sd/kernels/cpp")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="(%(default)s)")
     args = parser.parse_args(argv)
     try:
-        here = cpu_kernels.SOURCE
-        builds = [build(args.other), build(here)]
-    except (OSError, ValueError) as error:
+        builds = [build(args.other), build(native.SOURCES)]
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     with freed_memory_kept():

@@ -1,6 +1,6 @@
 """Where a guided step on a CPU goes, kernel by kernel: `python bench/cpu_profile.py --size 512 --opts cpu`.
 
-The C++ kernels of sd/cpu_kernels.py are timed one call at a time, shapes apart. GFLOP/s are those of the direct
+The C++ kernels of sd/kernels/native.py are timed one call at a time, shapes apart. GFLOP/s are those of the direct
 algorithm: Winograd's are higher than the processor's. "the rest" is PyTorch's own.
 """
 
@@ -16,8 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import common
-from sd import cpu_kernels, optimize
-from sd.allocator import freed_memory_kept
+from sd import optimize
+from sd.kernels import native
+from sd.kernels.allocator import freed_memory_kept
 
 
 class Clock:
@@ -27,7 +28,7 @@ class Clock:
         self.seconds: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
-        self.run, cpu_kernels._call = cpu_kernels._call, self.timed
+        self.run, native._call = native._call, self.timed
 
     def timed(self, name: str, *arguments: Any) -> None:
         start = time.perf_counter()

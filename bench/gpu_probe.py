@@ -485,7 +485,7 @@ def norms(probe: Probe, reference: Reference) -> None:
 
 
 def one_norm(probe: Probe, op: Operation, count: int) -> None:
-    from sd import kernels
+    from sd.kernels import gpu
 
     batch, channels, *_ = op.shape
     x = randn(probe, *op.shape).contiguous(memory_format=torch.channels_last)
@@ -497,12 +497,12 @@ def one_norm(probe: Probe, op: Operation, count: int) -> None:
     }
     for warps in (4, 8, 16, 32):
         if x.numel() // batch // norm.num_groups <= 1024 * warps * 4:
-            with patched(kernels, "_warps", lambda elements, warps=warps: warps):
-                run = lambda: kernels._group_norm_whole(x, norm, True, None, None)  # noqa: E731
+            with patched(gpu, "_warps", lambda elements, warps=warps: warps):
+                run = lambda: gpu._group_norm_whole(x, norm, True, None, None)  # noqa: E731
                 row[f"whole{warps}_us"] = microseconds(run, probe.device)
     for rows in (32, 64, 128):
-        with patched(kernels, "MOMENTS_TILE", {"BLOCK_L": rows, "BLOCK_C": 64}):
-            run = lambda: kernels._group_norm_split(x, norm, True, None, None)  # noqa: E731
+        with patched(gpu, "MOMENTS_TILE", {"BLOCK_L": rows, "BLOCK_C": 64}):
+            run = lambda: gpu._group_norm_split(x, norm, True, None, None)  # noqa: E731
             row[f"split{rows}_us"] = microseconds(run, probe.device)
     fastest = min(value for key, value in row.items() if key.startswith(("whole", "split")))
     probe.keep("norm", {**row, "gb_s": 2 * x.nbytes / fastest / 1e3, "step_us": count * fastest})
@@ -521,7 +521,7 @@ def patched(module: Any, name: str, value: Any) -> Iterator[None]:
 @torch.inference_mode()
 def pointwise(probe: Probe, reference: Reference) -> None:
     """GEGLU and residual + LayerNorm: PyTorch's kernels and ours."""
-    from sd import kernels
+    from sd.kernels import gpu
 
     for op, count in of_kind(probe, "layer_norm"):
         if op.shape[1] < 16:
@@ -531,9 +531,9 @@ def pointwise(probe: Probe, reference: Reference) -> None:
         norm = nn.LayerNorm(channels, device=probe.device, dtype=probe.dtype)
         times = {
             "add_norm_eager": lambda x=x, d=delta, norm=norm: norm(x + d),
-            "add_norm_ours": lambda x=x, d=delta, norm=norm: kernels.add_layer_norm(x, norm, d),
+            "add_norm_ours": lambda x=x, d=delta, norm=norm: gpu.add_layer_norm(x, norm, d),
             "geglu_eager": lambda w=wide: w.chunk(2, dim=-1)[0] * F.gelu(w.chunk(2, dim=-1)[1]),
-            "geglu_ours": lambda w=wide: kernels.geglu(w),
+            "geglu_ours": lambda w=wide: gpu.geglu(w),
             **{f"geglu_{m}x{c}": tiled_geglu(wide, m, c) for m, c in ((4, 256), (16, 128), (4, 512), (16, 256))},
         }
         row: dict[str, Any] = {"shape": op.shape, "count": count}
@@ -543,11 +543,11 @@ def pointwise(probe: Probe, reference: Reference) -> None:
 
 
 def tiled_geglu(x: Tensor, rows: int, columns: int) -> Callable[[], Tensor]:
-    from sd import kernels
+    from sd.kernels import gpu
 
     def run() -> Tensor:
-        with patched(kernels, "GEGLU_TILE", {"BLOCK_M": rows, "BLOCK_C": columns}):
-            return kernels.geglu(x)
+        with patched(gpu, "GEGLU_TILE", {"BLOCK_M": rows, "BLOCK_C": columns}):
+            return gpu.geglu(x)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Modules of the UNet and the VAE whose arithmetic is in cpu_kernels.cpp: fewer passes over memory, odd shapes fast.
+"""Modules of the UNet and the VAE whose arithmetic is in sd/kernels/cpp: fewer passes over memory, odd shapes fast.
 
     cpu-linear      linear layers, 1x1 and strided convolutions; GEGLU without its projection ever in memory
     cpu-attention   attention a chunk of keys at a time
@@ -11,9 +11,9 @@ Axes: B batch, C channels, H W grid.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd import cpu_kernels
 from sd.attention import attention
-from sd.cpu_kernels import readable
+from sd.kernels import native as cpu_kernels
+from sd.kernels.native import readable
 from sd.unet import GEGLU, CrossAttention, ResBlock
 from sd.vae import AttnBlock, ResnetBlock
 from sd.winograd import WinogradConv
@@ -31,7 +31,7 @@ class FastLinear(nn.Linear):
 class FastGEGLU(GEGLU):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.proj.weight
-        if not readable(x, weight) or weight.shape[0] % 16:
+        if not readable(x, weight) or weight.shape[0] % cpu_kernels.panel():
             return super().forward(x)
         return cpu_kernels.geglu(x, weight, self.proj.bias)
 
@@ -102,7 +102,7 @@ class FastGroupNorm(nn.GroupNorm):
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, silu: bool, in_place: bool = False) -> Tensor:
     """in_place: x is nobody else's, and may be overwritten."""
-    if readable(x, norm.weight) and x.shape[1] % 8 == 0:
+    if readable(x, norm.weight) and x.shape[1] % cpu_kernels.vector() == 0:
         return cpu_kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu, in_place)
     y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(y) if silu else y
@@ -110,7 +110,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, silu: bool, in_place: bool = False
 
 class FastLayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        if not readable(x, self.weight) or x.shape[-1] % 8:
+        if not readable(x, self.weight) or x.shape[-1] % cpu_kernels.vector():
             return super().forward(x)
         return cpu_kernels.layer_norm(x, self.weight, self.bias, self.eps)
 

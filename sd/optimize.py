@@ -77,9 +77,9 @@ def _onednn_runs() -> bool:
 
 
 def _glibc() -> bool:
-    from sd.allocator import available
+    from sd.kernels.allocator import supported
 
-    return available()
+    return supported()
 
 
 ANYTHING = "any device"
@@ -332,7 +332,8 @@ def cpu_linear(pipe: Pipe) -> None:
 
     Helps: GEGLU, whose projection is the largest activation. Hurts: CPUs without AVX2, for which nothing is tuned.
     """
-    from sd import cpu, cpu_kernels
+    from sd import cpu
+    from sd.kernels import native as cpu_kernels
 
     if cpu_kernels.load():
         cpu.fast_linear(pipe.unet, pipe.vae)
@@ -343,7 +344,8 @@ def cpu_attention(pipe: Pipe) -> None:
 
     Helps: heads of 40 and many positions. Hurts: CPUs without AVX2, for which nothing is tuned.
     """
-    from sd import cpu, cpu_kernels
+    from sd import cpu
+    from sd.kernels import native as cpu_kernels
 
     if cpu_kernels.load():
         cpu.use_fast_attention(pipe.unet, pipe.vae)
@@ -354,7 +356,8 @@ def cpu_norm(pipe: Pipe) -> None:
 
     Helps: each was a pass over memory. Hurts: without channels-last, where each activation is copied first.
     """
-    from sd import cpu, cpu_kernels
+    from sd import cpu
+    from sd.kernels import native as cpu_kernels
 
     if cpu_kernels.load():
         cpu.fast_norms(pipe.unet, pipe.vae)
@@ -399,7 +402,7 @@ def keep_memory(pipe: Pipe) -> None:
     Helps: CPUs, where the system clears every page before its first use, gigabytes a step. Hurts: the memory of other
     programs, until the picture is done.
     """
-    from sd.allocator import freed_memory_kept
+    from sd.kernels.allocator import freed_memory_kept
 
     _wrap(pipe, "generate", freed_memory_kept())
 
@@ -409,10 +412,10 @@ def keep_memory(pipe: Pipe) -> None:
 
 def _kernels():
     try:
-        from sd import kernels
+        from sd import fused
     except ImportError as error:
         raise OptimizationError("fused kernels need Triton: pip install triton") from error
-    return kernels
+    return fused
 
 
 def fused_norm(pipe: Pipe) -> None:
@@ -912,9 +915,9 @@ def _exact(device: torch.device) -> tuple[str, ...]:
 
 
 def _cpu(device: torch.device) -> tuple[str, ...]:
-    from sd.allocator import available
+    from sd.kernels.allocator import supported
 
-    kept = ("keep-memory",) if available() else ()
+    kept = ("keep-memory",) if supported() else ()
     return ("winograd", "cpu-linear", "cpu-attention", "cpu-norm", "kv-cache", "page-out", *kept, "shared-halves")
 
 

@@ -29,10 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd import cpu_kernels, unet, vae
+from sd import unet, vae
 from sd.cache import stamp
-from sd.checkpoints.mapped import mapped, page_out
-from sd.models import build
+from sd.kernels import native as cpu_kernels
+from sd.memory import mapped, page_out
+from sd.model_loader import build
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class Rates:
     memory: float = 12e9
 
 
-NATIVE = Rates(direct=160e9, products=180e9, memory=15e9)  # of cpu_kernels.cpp
+NATIVE = Rates(direct=160e9, products=180e9, memory=15e9)  # of sd/kernels/cpp
 
 
 def seconds(m: int, positions: int, c_in: int, c_out: int, rates: Rates) -> float:

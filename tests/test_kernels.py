@@ -1,4 +1,4 @@
-"""The Triton kernels against the plain modules, on the CPU under Triton's interpreter.
+"""Models with the Triton kernels against the plain ones, on the CPU under Triton's interpreter.
 
 The interpreter must be chosen before Triton is imported, so the tests run in a process of their own, which the first
 test here starts.
@@ -10,17 +10,13 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.reference.weights import random_models, tiny_config
 
 pytest.importorskip("triton", reason="fused kernels need Triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_under_the_interpreter starts")
-
-# One rounding to fp16 of a result is half a unit in the last place: 2**-11 of it at most, less on average.
-BOUNDS = {torch.float32: 1e-5, torch.float16: 2**-11}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the process itself")
@@ -38,160 +34,6 @@ def error(out: Tensor, reference: Tensor) -> float:
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def picture(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return noise(*shape, seed=seed, dtype=dtype).contiguous(memory_format=torch.channels_last)
-
-
-def group_norm_module(groups: int, channels: int, eps: float, dtype: torch.dtype) -> nn.GroupNorm:
-    norm = nn.GroupNorm(groups, channels, eps=eps)
-    norm.load_state_dict({"weight": 1 + noise(channels, seed=1) / 10, "bias": noise(channels, seed=2) / 10})
-    return norm.to(dtype).requires_grad_(False)
-
-
-def in_fp64(norm: nn.Module, x: Tensor) -> Tensor:
-    return type(norm).forward(norm.double(), x.double())
-
-
-# ---- GroupNorm
-
-
-@interpreted
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("way", ["whole", "split"])
-@pytest.mark.parametrize(
-    ("groups", "channels", "side"),
-    [(32, 320, 8), (8, 24, 5), (4, 40, 17), (2, 192, 9)],
-    ids=["SD 1.5's", "channels no power of two", "positions beyond a tile", "a group beyond a tile"],
-)
-def test_group_norm(groups, channels, side, way, dtype):
-    from sd import kernels
-
-    norm, x = group_norm_module(groups, channels, 1e-6, dtype), picture(2, channels, side, side, dtype=dtype)
-    run = {"whole": kernels._group_norm_whole, "split": kernels._group_norm_split}[way]
-    out = run(x, norm, silu=True, shift=None, bias=None)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    assert error(out, F.silu(in_fp64(norm, x))) < BOUNDS[dtype]
-
-
-@interpreted
-@pytest.mark.parametrize("way", ["whole", "split"])
-@pytest.mark.parametrize("pictures", [1, 2], ids=["one shift for all", "a shift a picture"])
-def test_group_norm_adds_the_shift_and_the_bias_first(way, pictures):
-    from sd import kernels
-
-    norm, x = group_norm_module(4, 24, 1e-5, torch.float32), picture(2, 24, 9, 7)
-    row = noise(pictures, 100, seed=3)
-    shift, bias = row[:, 10:34], noise(24, seed=4)  # a slice of a row, as the time table gives it
-    run = {"whole": kernels._group_norm_whole, "split": kernels._group_norm_split}[way]
-    reference = in_fp64(norm, x + shift[:, :, None, None] + bias[:, None, None])
-    assert error(run(x, norm, silu=False, shift=shift, bias=bias), reference) < 1e-5
-
-
-@interpreted
-@pytest.mark.parametrize("way", ["whole", "split"])
-def test_group_norm_far_from_zero(way):
-    """A mean 1000 times the deviation: a variance from the sum of squares would have no digit right."""
-    from sd import kernels
-
-    norm, x = group_norm_module(4, 16, 1e-6, torch.float32), picture(1, 16, 40, 40) + 1000
-    run = {"whole": kernels._group_norm_whole, "split": kernels._group_norm_split}[way]
-    assert error(run(x, norm, silu=False, shift=None, bias=None), in_fp64(norm, x)) < 1e-4
-
-
-@interpreted
-@pytest.mark.parametrize("way", ["whole", "split"])
-@pytest.mark.parametrize("eps", [1e-5, 1e-6, 1e-2])
-def test_group_norm_uses_the_modules_eps(way, eps):
-    from sd import kernels
-
-    norm, x = group_norm_module(4, 16, eps, torch.float32), picture(1, 16, 8, 8) * eps**0.5
-    run = {"whole": kernels._group_norm_whole, "split": kernels._group_norm_split}[way]
-    assert error(run(x, norm, silu=False, shift=None, bias=None), in_fp64(norm, x)) < 1e-5
-
-
-@interpreted
-def test_group_norm_takes_any_layout_and_leaves_its_input_alone():
-    from sd import kernels
-
-    norm, x = group_norm_module(4, 16, 1e-5, torch.float32), noise(2, 16, 6, 10)
-    before = x.clone()
-    assert error(kernels.group_norm(x, norm), in_fp64(norm, x)) < 1e-5
-    assert torch.equal(x, before)
-
-
-@interpreted
-def test_group_norm_picks_the_way_by_size():
-    from sd import kernels
-
-    for side, way in ((8, "_group_norm_whole"), (256, "_group_norm_split")):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, way, lambda *args, way=way: way)
-            norm = group_norm_module(4, 16, 1e-5, torch.float32)
-            assert kernels.group_norm(picture(1, 16, side, side), norm) == way
-
-
-# ---- the rest
-
-
-@interpreted
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("biases", [1, 2])
-def test_add_bias(biases, dtype):
-    from sd import kernels
-
-    x, residual = picture(2, 72, 5, 7, dtype=dtype), picture(2, 72, 5, 7, seed=1, dtype=dtype)
-    added = [noise(72, seed=2 + i, dtype=dtype) for i in range(biases)]
-    reference = x.double() + residual.double() + sum(added).double()[:, None, None]
-    assert error(kernels.add_bias(x, residual, *added), reference) < 2 * BOUNDS[dtype]  # the sum is rounded here too
-
-
-@interpreted
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("inner", [16, 48, 300])
-def test_geglu(inner, biased, dtype):
-    from sd import kernels
-
-    x, bias = 3 * noise(2, 5, 2 * inner, dtype=dtype), noise(2 * inner, seed=1, dtype=dtype) if biased else None
-    value, gate = (x.double() + (bias.double() if biased else 0)).chunk(2, dim=-1)
-    assert error(kernels.geglu(x, bias), value * F.gelu(gate)) < BOUNDS[dtype]
-
-
-def layer_norm_module(channels: int, dtype: torch.dtype) -> nn.LayerNorm:
-    norm = nn.LayerNorm(channels)
-    norm.load_state_dict({"weight": 1 + noise(channels, seed=1) / 10, "bias": noise(channels, seed=2) / 10})
-    return norm.to(dtype).requires_grad_(False)
-
-
-@interpreted
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("channels", [32, 320, 1280])
-@pytest.mark.parametrize("added", [(), ("delta",), ("bias",), ("delta", "bias", "after")], ids="+".join)
-def test_add_layer_norm(channels, added, dtype):
-    from sd import kernels
-
-    norm, x = layer_norm_module(channels, dtype), noise(2, 9, channels, seed=3, dtype=dtype)
-    shapes = {"delta": x.shape, "bias": (channels,), "after": (channels,)}
-    terms = {name: noise(*shapes[name], seed=i, dtype=dtype) for i, name in enumerate(added, start=4)}
-    before = x.clone()
-    total, y = kernels.add_layer_norm(x, norm, **terms)
-    reference = x.double() + sum(terms[name].double() for name in added if name != "after")
-    assert error(total, reference + (terms["after"].double() if "after" in added else 0)) < BOUNDS[dtype]
-    assert error(y, in_fp64(norm, reference)) < BOUNDS[dtype]
-    assert torch.equal(x, before)
-
-
-@interpreted
-@pytest.mark.parametrize("shape", [(2, 72, 5, 7), (1, 16, 9, 4), (1, 3, 1, 1)])
-def test_upsample(shape):
-    from sd import kernels
-
-    x = noise(*shape)
-    out = kernels.upsample(x)
-    assert torch.equal(out, F.interpolate(x, scale_factor=2.0, mode="nearest"))
-    assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 # ---- whole models

@@ -75,8 +75,9 @@ def check_uploads(plane) -> None:
     demo = {path.name for path in (ROOT / "data/demo").iterdir() if path.suffix in (".safetensors", ".json")}
     assert data == {"/root/data/vocab.json", "/root/data/merges.txt", *(f"/root/data/demo/{name}" for name in demo)}
     program = {path for path in under_root - data if path.startswith("/root/sd/")}
-    assert {"/root/sd/pipeline.py", "/root/sd/cpu_kernels.cpp", "/root/sd/quantize_filter.json"} <= program
-    assert all(path.endswith((".py", ".html", ".cpp", ".json")) for path in program)
+    assert {"/root/sd/pipeline.py", "/root/sd/quantize_filter.json"} <= program
+    assert {"/root/sd/kernels/cpp/linear.cpp", "/root/sd/kernels/cpp/simd.h"} <= program
+    assert all(path.endswith((".py", ".html", ".cpp", ".h", ".json")) for path in program)
     assert under_root - data - program == {"/root/modal_inference.py", "/root/modal_infer.sh"}
     assert found["/root/modal_infer.sh"][1] & 0o111
 

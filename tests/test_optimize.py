@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.reference.weights import TINY, random_models, tiny_config
-from sd import allocator, cache, graphs, onednn, optimize, tiling
+from sd import cache, graphs, onednn, optimize, tiling
 from sd.attention import Chip, backend_for
 from sd.ddpm import spaced_timesteps
 from sd.models import build
@@ -709,32 +709,7 @@ def test_prepacked_takes_large_layers_only(make):
     )
 
 
-# ---- the allocator
-
-
-@pytest.mark.skipif(not allocator.available(), reason="needs glibc")
-def test_kept_memory_is_not_fetched_page_by_page_again():
-    """In a process of its own: other tests leave memory behind that would be used again anyway."""
-    program = """
-import resource, torch
-from sd.allocator import freed_memory_kept
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for megabytes in (64, 48, 64, 96) * 4:
-        x = torch.ones(megabytes << 18)  # the one before is freed once this is made
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-outside = faults()
-with freed_memory_kept():
-    faults()
-    within = faults()
-print(outside, within, faults())
-"""
-    command = [sys.executable, "-c", program]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT)})
-    outside, within, after = map(int, result.stdout.split())
-    assert within < min(outside, after) / 4
+# ---- freed memory kept
 
 
 def test_keep_memory_draws_the_same(make):

@@ -8,7 +8,7 @@ import torch
 
 from bench import common, peer_engines, peers_cpu
 from bench.peer_engines import Engine, Opened, Run, Task
-from sd import cpu_kernels
+from sd.kernels import native
 
 
 def compare(checkpoint: Path, folder: Path, *arguments: str) -> int:
@@ -46,10 +46,17 @@ def test_openvino_computes_what_we_do(tiny_checkpoint):
     assert all(error(theirs[part], ours[part]) < 1e-4 for part in ours)
 
 
-def test_without_a_compiler(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "load", cpu_kernels.load)  # is put back afterwards
+@pytest.fixture
+def kernels_come_back(monkeypatch):
+    monkeypatch.setattr(native, "compiler", native.compiler)
+    yield
+    native.attempt.cache_clear()
+
+
+@pytest.mark.usefixtures("kernels_come_back")
+def test_without_a_compiler(tiny_checkpoint):
     ours, slow = (opened(engine, tiny_checkpoint, "step", "decode") for engine in ("plain", "ours-pytorch"))
-    assert cpu_kernels.load() is None
+    assert native.why_not().startswith("no C++ compiler")
     assert all(error(slow[part], ours[part]) < 1e-4 for part in ours)
 
 

@@ -1,8 +1,7 @@
-"""Winograd convolutions and the C++ kernels against float64, over sizes that are no whole tiles, vectors or panels."""
+"""Winograd convolutions and the modules of the C++ kernels against float64, over sizes that are no whole tiles."""
 
 import ctypes
 import itertools
-import logging
 import mmap
 import os
 
@@ -13,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bench import cpu_builds, cpu_profile
 from bench.load import resident
 from bench.reference.weights import TINY, random_models
-from sd import cpu, cpu_kernels, inference, optimize, unet, vae, winograd
+from sd import cpu, inference, optimize, unet, vae, winograd
 from sd.checkpoints.mapped import mapped, page_out
 from sd.jobs import UserError
+from sd.kernels import native as cpu_kernels
 from sd.winograd import NATIVE, Rates, Use, WinogradConv
 
 BOUND = 1e-5
@@ -67,183 +66,6 @@ def test_tile_rows_at_once_do_not_matter(m, workspace, monkeypatch):
     x, weight = numbers(2, 320, 17, 18), numbers(64, 320, 3, 3, seed=1)
     y = winograd.winograd_conv(x, winograd.transform_kernel(weight, m), None, m)
     assert error(y, F.conv2d(x.double(), weight.double(), padding=1)) < BOUND
-
-
-# ---- the C++ kernels
-
-
-def native_conv(x: Tensor, weight: Tensor, m: int, *more: Tensor | None, upsampled: bool = False) -> Tensor:
-    kernel = cpu_kernels.winograd_kernel(weight, winograd.matrices(m, torch.float64)[1], upsampled)
-    return cpu_kernels.winograd(x, kernel, weight.shape[0], *more, upsampled=upsampled, m=m)
-
-
-@no_compiler
-@pytest.mark.parametrize("m", [2, 4])
-@given(sides, sides, st.integers(1, 12), few, st.integers(1, 3), st.booleans(), st.booleans())
-@quick
-def test_native_at_any_size(m, height, width, vectors, c_out, batch, upsampled, channels_last):
-    x, weight = numbers(batch, 8 * vectors, height, width), numbers(c_out, 8 * vectors, 3, 3, seed=1)
-    if channels_last:
-        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    shift = numbers(batch, c_out, seed=2)
-    residual = numbers(batch, c_out, height << upsampled, width << upsampled, seed=3)
-    large = F.interpolate(x, scale_factor=2.0) if upsampled else x
-    expected = F.conv2d(large.double(), weight.double(), padding=1) + shift[:, :, None, None].double() + residual
-    assert error(native_conv(x, weight, m, shift, residual, upsampled=upsampled), expected) < BOUND
-
-
-@no_compiler
-@pytest.mark.parametrize("m", [2, 4])
-@pytest.mark.parametrize(("c_in", "c_out", "side"), [(320, 320, 16), (2560, 48, 8), (1280, 1280, 8), (128, 3, 65)])
-def test_native_on_the_models_layers(m, c_in, c_out, side):
-    x, weight = numbers(1, c_in, side, side), numbers(c_out, c_in, 3, 3, seed=1)
-    assert error(native_conv(x, weight, m), F.conv2d(x.double(), weight.double(), padding=1)) < BOUND
-
-
-@no_compiler
-@given(st.integers(1, 900), st.integers(1, 1000), st.integers(1, 70), st.booleans(), st.booleans())
-@quick
-def test_linear(rows, k, n, with_bias, with_residual):
-    x, weight = numbers(rows, k), numbers(n, k, seed=1)
-    bias = numbers(n, seed=2) if with_bias else None
-    residual = numbers(rows, n, seed=3) if with_residual else None
-    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    expected = expected if residual is None else expected + residual.double()
-    assert error(cpu_kernels.linear(x, weight, bias, residual), expected) < 2e-6
-
-
-@no_compiler
-def test_linear_reads_rows_apart_and_weights_in_any_layout():
-    x, weight = numbers(50, 4, 96)[:, 1, :64], numbers(64, 24, seed=1).t()
-    assert error(cpu_kernels.linear(x, weight), x.double() @ weight.double().t()) < 2e-6
-
-
-@no_compiler
-@given(st.integers(1, 900), st.integers(1, 400), st.integers(1, 20))
-@quick
-def test_geglu(rows, k, eights):
-    x, weight, bias = numbers(rows, k), numbers(16 * eights, k, seed=1) * k**-0.5, numbers(16 * eights, seed=2)
-    value, gate = F.linear(x.double(), weight.double(), bias.double()).chunk(2, dim=-1)
-    assert error(cpu_kernels.geglu(x, weight, bias), value * F.gelu(gate)) < 5e-6
-
-
-@no_compiler
-@given(st.integers(1, 2), st.integers(1, 40), st.integers(1, 17), st.integers(1, 17), st.integers(1, 3))
-@quick
-def test_patches(batch, channels, height, width, stride):
-    x = numbers(batch, channels, height, width)
-    patches = cpu_kernels.patches(x, stride)
-    assert torch.equal(patches.flatten(1, 2), F.unfold(x, 3, padding=1, stride=stride).transpose(1, 2))
-
-
-@no_compiler
-@pytest.mark.parametrize(("channels", "stride", "padding"), [(4, 1, 1), (48, 2, 1), (48, 1, 1), (48, 2, 0)])
-def test_convolutions_as_products_of_patches(channels, stride, padding):
-    """Strided ones and those with few channels; the rest stays what it was."""
-    layer = torch.nn.Conv2d(channels, 20, 3, stride, padding)
-    holder, x = torch.nn.ModuleList([layer]), numbers(2, channels, 9, 12)
-    expected = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride, padding)
-    cpu.fast_linear(holder)
-    assert (type(layer) is cpu.FastPatches) == (padding == 1 and (stride == 2 or channels == 4))
-    assert error(layer(x), expected) < 2e-6
-
-
-@no_compiler
-@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 120), st.integers(1, 600), st.integers(1, 90))
-@quick
-def test_attention(batch, heads, queries, keys, size):
-    q, k, v = (numbers(batch, n, heads, size, seed=n).transpose(1, 2) for n in (queries, keys, keys))
-    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    assert error(cpu_kernels.attention(q, k, v), expected) < 5e-6
-
-
-@no_compiler
-@pytest.mark.parametrize("size", [40, 80, 160, 512])
-@pytest.mark.parametrize("scale", [1, 30])
-def test_attention_of_sharp_scores(size, scale):
-    q, k, v = (numbers(1, 2, 130, size, seed=s) for s in range(3))
-    q = q * scale
-    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    assert error(cpu_kernels.attention(q, k, v), expected) < BOUND
-
-
-@no_compiler
-@given(st.integers(1, 2), st.integers(1, 8), sides, sides, st.sampled_from([1, 4, 8]), st.booleans())
-@quick
-def test_group_norm(batch, vectors, height, width, groups, silu):
-    channels = 8 * vectors
-    x, weight, bias = numbers(batch, channels, height, width) * 3 + 20, numbers(channels), numbers(channels, seed=1)
-    flat = x.double().reshape(batch, groups, -1)
-    normal = (flat - flat.mean(-1, keepdim=True)) / (flat.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
-    expected = normal.view(x.shape) * weight.double()[:, None, None] + bias.double()[:, None, None]
-    expected = F.silu(expected) if silu else expected
-    # Where the variance is near eps, x * scale + shift cancels: PyTorch's own rounds as much then.
-    plain = torch.group_norm(x, groups, weight, bias, 1e-6)
-    bound = max(BOUND, 2 * error(F.silu(plain) if silu else plain, expected))
-    assert error(cpu_kernels.group_norm(x, groups, weight, bias, 1e-6, silu), expected) < bound
-
-
-@no_compiler
-def test_layer_norm():
-    x, weight, bias = numbers(3, 50, 72) * 2 + 5, numbers(72), numbers(72, seed=1)
-    expected = F.layer_norm(x.double(), (72,), weight.double(), bias.double())
-    assert error(cpu_kernels.layer_norm(x, weight, bias, 1e-5), expected) < 2e-6
-
-
-@no_compiler
-def test_nan_stays_nan():
-    x, weight = numbers(1, 8, 8, 8), numbers(8, 8, 3, 3)
-    x[0, 0, 3, 3] = float("nan")
-    assert native_conv(x, weight, 4).isnan().any()
-    assert cpu_kernels.group_norm(x, 4, weight[0, :, 0, 0], weight[1, :, 0, 0], 1e-5, True).isnan().any()
-
-
-# ---- building
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """The kernels as in a new process, with an empty cache folder."""
-    monkeypatch.setenv("SD_CACHE", str(tmp_path / "cache"))
-    cpu_kernels.load.cache_clear()
-    yield tmp_path / "cache"
-    cpu_kernels.load.cache_clear()
-
-
-@no_compiler
-def test_build_once(fresh, caplog):
-    with caplog.at_level(logging.INFO):
-        assert cpu_kernels.load() is not None
-        cpu_kernels.load.cache_clear()
-        assert cpu_kernels.load() is not None
-    assert caplog.text.count("built the CPU kernels") == 1
-    assert [path.suffix for path in fresh.iterdir()] == [".so"]
-
-
-def without_compiler(monkeypatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", "/nonexistent")
-
-
-def test_no_compiler(fresh, monkeypatch, caplog):
-    without_compiler(monkeypatch)
-    assert cpu_kernels.load() is None
-    assert "no C++ compiler" in caplog.text
-
-
-@no_compiler
-def test_a_source_that_does_not_compile(fresh, monkeypatch, tmp_path, caplog):
-    (tmp_path / "broken.cpp").write_text("#error no such instructions\n")
-    monkeypatch.setattr(cpu_kernels, "SOURCE", tmp_path / "broken.cpp")
-    assert cpu_kernels.load() is None
-    assert "could not be built" in caplog.text
-    assert not list(fresh.iterdir())
-
-
-def test_a_cache_folder_that_cannot_be_written(fresh, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("SD_CACHE", str(tmp_path / "file"))
-    assert cpu_kernels.load() is None
 
 
 # ---- which algorithm, where
@@ -327,6 +149,18 @@ def test_upsampling_within(kind, native):
 
 
 @no_compiler
+@pytest.mark.parametrize(("channels", "stride", "padding"), [(4, 1, 1), (48, 2, 1), (48, 1, 1), (48, 2, 0)])
+def test_convolutions_as_products_of_patches(channels, stride, padding):
+    """Strided ones and those with few channels; the rest stays what it was."""
+    layer = torch.nn.Conv2d(channels, 20, 3, stride, padding)
+    holder, x = torch.nn.ModuleList([layer]), numbers(2, channels, 9, 12)
+    expected = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride, padding)
+    cpu.fast_linear(holder)
+    assert (type(layer) is cpu.FastPatches) == (padding == 1 and (stride == 2 or channels == 4))
+    assert error(layer(x), expected) < 2e-6
+
+
+@no_compiler
 @torch.no_grad()
 def test_whole_models_against_float64():
     _, net, auto = random_models(TINY)
@@ -395,38 +229,3 @@ def test_memory_budget(budget, names):
 def test_memory_budget_refuses(budget):
     with pytest.raises(UserError, match="--memory-budget must be low"):
         inference.memory_options(budget)
-
-
-# ---- the profile
-
-
-@no_compiler
-def test_profile_counts_the_operations_of_the_direct_way(monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "_call", cpu_kernels._call)
-    clock = cpu_profile.Clock()
-    cpu_kernels.linear(numbers(6, 16), numbers(32, 16))
-    cpu_kernels.attention(*(numbers(1, 2, 24, 8) for _ in range(3)))
-    native_conv(numbers(1, 8, 8, 8), numbers(16, 8, 3, 3), 4)
-    assert clock.flops["sd_linear 6 x 16 x 32"] == 2 * 6 * 16 * 32
-    assert clock.flops["sd_attention 24 x 24, heads of 8"] == 4 * 2 * 24 * 24 * 8
-    assert clock.flops["sd_winograd F(4x4) at 8x8"] == 2 * 9 * 8 * 8 * 8 * 16
-    assert set(clock.calls.values()) == {1}
-
-
-@no_compiler
-def test_a_build_beside_another(monkeypatch):
-    for name in ("SOURCE", "load"):
-        monkeypatch.setattr(cpu_kernels, name, getattr(cpu_kernels, name))  # is put back afterwards
-    builds = [cpu_builds.build(cpu_kernels.SOURCE)] * 2
-    for case in (cpu_builds.linear(6, 16, 32), cpu_builds.attention(24, 24, 8), cpu_builds.convolution(4, 8, 8, 16)):
-        row = cpu_builds.compare(builds, case, rounds=3)
-        assert row["kernel"] == case.label
-        assert float(row["speed-up"].split()[0]) > 0
-
-
-def test_a_source_that_cannot_be_built(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cpu_kernels, "SOURCE", cpu_kernels.SOURCE)
-    (tmp_path / "other.cpp").write_text("no C++")
-    for name in ("other.cpp", "missing.cpp"):
-        assert cpu_builds.main([str(tmp_path / name)]) == 2
-        assert capsys.readouterr().err.startswith("error: ")

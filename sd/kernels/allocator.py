@@ -19,7 +19,8 @@ USUAL = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 
 
 
 @cache
-def available() -> bool:
+def supported() -> bool:
+    """Whether glibc is the C library."""
     return platform.system() == "Linux" and platform.libc_ver()[0] == "glibc"
 
 
@@ -35,7 +36,7 @@ def freed_memory_kept() -> Iterator[None]:
 
     Where glibc is not the C library, nothing changes.
     """
-    if not available():
+    if not supported():
         yield
         return
     _set(KEEP)
