@@ -133,6 +133,7 @@ def _keep(made: Path, key: str) -> None:
             to.write(made.read_bytes())
             to.flush()
             os.fsync(to.fileno())
+        shutil.copymode(made, part)  # mkstemp's is readable by its owner alone, and a folder may be shared
         os.replace(part, folder / f"kernels-{key}-{_digest(made)}.so")
     finally:
         Path(part).unlink(missing_ok=True)

@@ -138,13 +138,13 @@ def test_group_norm(batch, vectors, height, width, groups, silu):
     channels = native.vector() * vectors
     x, weight, bias = numbers(batch, channels, height, width) * 3 + 20, numbers(channels), numbers(channels, seed=1)
     flat = x.double().reshape(batch, groups, -1)
-    normal = (flat - flat.mean(-1, keepdim=True)) / (flat.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
-    expected = normal.view(x.shape) * weight.double()[:, None, None] + bias.double()[:, None, None]
+    scale = 1 / (flat.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+    gain = weight.double()[:, None, None]
+    expected = ((flat - flat.mean(-1, keepdim=True)) * scale).view(x.shape) * gain + bias.double()[:, None, None]
     expected = F.silu(expected) if silu else expected
-    # Where the variance is near eps, x * scale + shift cancels: PyTorch's own rounds as much then.
-    plain = torch.group_norm(x, groups, weight, bias, 1e-6)
-    bound = max(BOUND, 2 * error(F.silu(plain) if silu else plain, expected))
-    assert error(native.group_norm(x, groups, weight, bias, 1e-6, silu), expected) < bound
+    # x * factor + summand: factor and summand are rounded, and cancel where the variance is small beside the mean.
+    rounding = 2**-23 * ((flat * scale).view(x.shape) * gain).norm() / expected.norm()
+    assert error(native.group_norm(x, groups, weight, bias, 1e-6, silu), expected) < BOUND + 1.1 * rounding
 
 
 @no_compiler
@@ -301,7 +301,10 @@ def test_build_once(fresh, caplog):
         native.attempt.cache_clear()
         assert native.load() is not None
     assert caplog.text.count("built the CPU kernels") == 1
-    assert [path.suffix for path in fresh.iterdir()] == [".so"]
+    (kept,) = fresh.iterdir()
+    (fresh / "file").touch()
+    assert kept.suffix == ".so"
+    assert kept.stat().st_mode & 0o444 == (fresh / "file").stat().st_mode & 0o444
     assert native.why_not() == ""
 
 
