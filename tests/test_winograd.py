@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from bench import cpu_builds, cpu_profile
 from bench.load import resident
 from bench.reference.weights import TINY, random_models
-from sd import cpu, cpu_kernels, inference, memory, optimize, unet, vae, winograd
-from sd.jobs import UserError
+from sd import cpu, cpu_kernels, memory, optimizations, optimize, unet, vae, winograd
 from sd.winograd import NATIVE, Rates, Use, WinogradConv
 
 BOUND = 1e-5
@@ -386,14 +385,14 @@ def in_the_systems_cache(tensor: Tensor) -> bool:
     [("low", "winograd=0.40,page-out"), ("8", "winograd=3.40,page-out"), ("4.5", "winograd=0.00,page-out")],
 )
 def test_memory_budget(budget, names):
-    assert inference.memory_options(budget) == names
+    assert optimizations.within(budget) == names
     assert optimize.parse(f"cpu,{names}", "cpu")
 
 
 @pytest.mark.parametrize("budget", ["", "x", "3", "nan", "-8"])
 def test_memory_budget_refuses(budget):
-    with pytest.raises(UserError, match="--memory-budget must be low"):
-        inference.memory_options(budget)
+    with pytest.raises(optimizations.OptimizationError, match="memory budget must be low"):
+        optimizations.within(budget)
 
 
 # ---- the profile
