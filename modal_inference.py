@@ -12,7 +12,7 @@ seldom they change, and the program comes last, outside of it.
 Settings that hold for the whole app come from the environment of `modal run` and `modal deploy`:
     SD_GPU       the GPU, A10 if not given; "none" for a container without one
     SD_CKPT_NAME the checkpoint of the service, a file in the volume or "demo"
-    SD_OPT       the optimizations of the service, "exact" if not given
+    SD_OPT       the optimizations of the service; "default", if not given, is what suits the model and the GPU
     SD_AUTH      "proxy" (default): Modal's proxy-auth tokens; "basic": HTTP Basic, for browsers, with SD_USER and
                  SD_PASSWORD from the Modal Secret "sd-auth". The service is never open.
     SD_MAX_STEPS, SD_MAX_SIDE, ... the service's limits, as `python -m sd.serve --help` lists them
@@ -20,8 +20,8 @@ Settings that hold for the whole app come from the environment of `modal run` an
 Only modal and what lies in this folder are needed here; torch is in the container.
 """
 
-import argparse
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,9 +43,13 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
-from sd import jobs  # noqa: E402
-from sd.jobs import DEFAULTS, Job, Picture, UserError  # noqa: E402
-from sd.orders import limits_from_env  # noqa: E402
+from sd.pictures import parameters  # noqa: E402
+from sd.pictures.files import left_to_draw, output_files  # noqa: E402
+from sd.pictures.model import ModelChoice  # noqa: E402
+from sd.pictures.parameters import UserError, checked  # noqa: E402
+from sd.pictures.plan import Entry, Job, Picture, plan, read_prompts  # noqa: E402
+from sd.service.orders import limits_from_env  # noqa: E402
+from sd.writing import write_whole  # noqa: E402
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -93,7 +97,7 @@ def check_gpu(name: str) -> str:
 
 def read_settings(environment: dict[str, str]) -> dict[str, str]:
     """Raises UserError or ValueError. Containers get the same ones: this file must define the same functions there."""
-    defaults = {"SD_GPU": "A10", "SD_CKPT_NAME": CHECKPOINT, "SD_OPT": "exact", "SD_AUTH": "proxy"}
+    defaults = {"SD_GPU": "A10", "SD_CKPT_NAME": CHECKPOINT, "SD_OPT": "default", "SD_AUTH": "proxy"}
     settings = {name: environment.get(name) or default for name, default in defaults.items()}
     if settings["SD_GPU"] != "none":
         settings["SD_GPU"] = check_gpu(settings["SD_GPU"])
@@ -218,34 +222,22 @@ class Warm:
 
         Without a call to CUDA: the snapshot is taken where there is no GPU, and torch would remember that.
         """
-        import torch
-
-        from sd.pipeline import StableDiffusion
-
-        dtype = torch.float32 if os.environ["SD_GPU"] == "none" else torch.float16
+        dtype = "float32" if os.environ["SD_GPU"] == "none" else "float16"
         self.path = checkpoint_path(self.ckpt)
-        self.pipe = StableDiffusion.load(self.path, "cpu", dtype)
+        self.choice = ModelChoice(device="cpu", dtype=dtype, opt=self.opt)
+        self.pipe = self.choice.load_plain(self.path)
 
     @modal.enter(snap=False)
     def wake(self) -> None:
         """Onto the GPU, and faster; kernels that are compiled here lie on the volume for the next container."""
-        from sd import optimize
         from sd.pipeline import default_device
 
-        self.pipe = moved(self.pipe, default_device())
-        optimize.apply(self.pipe, optimize.parse(self.opt, self.pipe.device))
+        self.pipe.to(default_device())
+        self.choice.optimize(self.pipe)
 
     def facts(self) -> dict[str, object]:
         """What a picture's PNG says of the model and the machine."""
-        from sd import inference
-
-        return inference.facts(argparse.Namespace(ema=False, load_quantized=None), self.pipe, self.path)
-
-
-def moved(pipe: "StableDiffusion", device) -> "StableDiffusion":
-    """The pipeline on another device. It is given up: its modules move."""
-    models = (model.to(device) for model in (pipe.clip, pipe.unet, pipe.vae))
-    return type(pipe)(pipe.config, *models, pipe.tokenizer)
+        return self.choice.facts(self.pipe, self.path)
 
 
 @app.cls(**RESOURCES, env=SETTINGS, timeout=10 * MINUTE, scaledown_window=MINUTE, enable_memory_snapshot=True)
@@ -253,11 +245,11 @@ class Model(Warm):
     """Draws pictures of a prompts file, one a call."""
 
     ckpt: str = modal.parameter(default=CHECKPOINT)
-    opt: str = modal.parameter(default="exact")
+    opt: str = modal.parameter(default="default")
 
     @modal.method()
     def draw(self, fields: dict) -> dict:
-        """A job's fields -> {"index", "png"}, or {"index", "error"}: one line, so that it is known whose it is."""
+        """{"index", "values"} of a job -> {"index", "png"} or {"index", "error"}: one line, and whose it is."""
         job = Job(**fields, where="")
         try:
             return {"index": job.index, "png": self.png(job)}
@@ -267,11 +259,11 @@ class Model(Warm):
 
     def png(self, job: Job) -> bytes:
         """The picture as a file that says how it was drawn, as sd/inference.py writes it."""
-        from sd.images import to_png
+        from sd.pictures.drawing import draw_batch
+        from sd.pictures.png import to_png
 
-        names = ("negative_prompt", "steps", "cfg_scale", "seed", "height", "width", "sampler")
-        (picture,) = self.pipe.generate(job.prompt, **{name: getattr(job, name) for name in names})
-        return to_png(picture, {**picture.info, "batch": [0, 1], **self.facts()})
+        (picture,) = draw_batch(self.pipe, [job])
+        return to_png(picture, {**picture.info, **self.facts()})
 
 
 def give_up_if_broken(error: Exception, pipe: "StableDiffusion") -> None:
@@ -279,10 +271,10 @@ def give_up_if_broken(error: Exception, pipe: "StableDiffusion") -> None:
 
     A GPU that has failed fails at once for every further picture, and so would take most of them off the queue.
     """
-    from sd import memory
+    from sd.pictures.drawing import is_out_of_memory, release
 
-    if memory.is_out_of_memory(error):
-        memory.release(pipe.device)
+    if is_out_of_memory(error):
+        release(pipe.device)
     elif not isinstance(error, ValueError):
         modal.experimental.stop_fetching_inputs()
 
@@ -307,7 +299,8 @@ class Service(Warm):
 
     @modal.asgi_app(requires_proxy_auth=SETTINGS["SD_AUTH"] == "proxy")
     def web(self) -> "FastAPI":
-        from sd.serve import auth_from_env, create_app
+        from sd.service.access import auth_from_env
+        from sd.service.app import create_app
 
         # Without a password in the Secret this raises: no service rather than an open one.
         auth = auth_from_env(os.environ) if SETTINGS["SD_AUTH"] == "basic" else None
@@ -317,33 +310,40 @@ class Service(Warm):
 # ---- the command line
 
 
+def portable() -> list[parameters.Parameter]:
+    """The picture's parameters that are flags here too: all that name no file of this machine."""
+    return [one for one in parameters.flags() if one.portable]
+
+
+def with_parameters(function: Callable[..., None]) -> Callable[..., None]:
+    """A flag for each of `portable` in place of **given: Modal makes them of the function's signature."""
+    own = list(inspect.signature(function).parameters.values())[:-1]
+    only = {"kind": inspect.Parameter.KEYWORD_ONLY, "default": None}
+    more = [inspect.Parameter(one.name, annotation=one.check.kind | None, **only) for one in portable()]
+    function.__signature__ = inspect.Signature([*own, *more])
+    function.__annotations__ = {one.name: one.annotation for one in (*own, *more)}
+    return function
+
+
 @app.local_entrypoint()
+@with_parameters
 def main(
     prompt: str | None = None,
     prompts_file: str | None = None,
-    negative_prompt: str | None = None,
-    steps: int | None = None,
-    cfg_scale: float | None = None,
-    seed: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    sampler: str | None = None,
-    num_images: int | None = None,
-    opt: str = "exact",
+    opt: str = "default",
     ckpt: str = CHECKPOINT,
     gpu: str | None = None,
     max_containers: int = 10,
     out: str = "output.png",
     out_dir: str = "pictures",
     overwrite: bool = False,
+    **given: object,
 ):
     """Draw a --prompt into --out, or the prompts of --prompts-file into --out-dir, on Modal."""
-    given = {"negative_prompt": negative_prompt, "steps": steps, "cfg_scale": cfg_scale, "seed": seed}
-    given |= {"height": height, "width": width, "sampler": sampler, "num_images": num_images}
     try:
         if bool(prompt) == bool(prompts_file):
             raise UserError("say what to draw: --prompt TEXT or --prompts-file FILE, one of them")
-        shared = jobs.checked("", given)
+        shared = checked("", given)
         check_options(max_containers, opt)
         options = gpu_options(gpu)
         if prompts_file:
@@ -373,11 +373,11 @@ def check_options(max_containers: int, opt: str) -> None:
     """Raises UserError or ValueError. Of --opt, only where torch is installed here too."""
     if max_containers < 1:
         raise UserError(f"--max-containers must be at least 1, not {max_containers}")
-    if opt in ("exact", "original", "fast", "none", "") or importlib.util.find_spec("torch") is None:
+    if opt in ("default", "exact", "original", "fast", "none", "") or importlib.util.find_spec("torch") is None:
         return
-    from sd import optimize
+    from sd import optimizations
 
-    optimize.parse(opt, "cuda")
+    optimizations.check(opt)
 
 
 def check_weights(ckpt: str) -> None:
@@ -399,38 +399,22 @@ def plan_prompt(prompt: str, shared: dict[str, object], out: str) -> list[Pictur
         raise UserError(f"--num-images: at most {MOST_OF_A_PROMPT} of one --prompt; a --prompts-file takes any number")
     shared = dict(shared)
     first_seed = shared.pop("seed", secrets.randbelow(2**32))
-    planned = jobs.plan([jobs.Entry("", jobs.checked("", {"prompt": prompt}))], shared, first_seed)
-    return list(zip(planned, jobs.output_files(out, planned, many=len(planned) > 1), strict=True))
+    jobs = plan([Entry("", checked("", {"prompt": prompt}))], shared, first_seed)
+    return list(zip(jobs, output_files(out, jobs, many=len(jobs) > 1), strict=True))
 
 
 def draw_prompt(pictures: Sequence[Picture], function: modal.Function, ckpt: str, opt: str) -> None:
     """Draw them in one container and write them."""
     job, _ = pictures[0]
-    parameters = {name: getattr(job, name) for name in DEFAULTS} | {"num_images": len(pictures)}
-    parameters |= {"prompt": job.prompt, "seed": job.seed, "opt": opt}
-    if not job.init_image:
-        del parameters["strength"]
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in parameters.items() if value is not None]
+    values = {**job.values, "num_images": len(pictures)}
+    asked = {one.option: values[one.name] for one in (parameters.PARAMETERS["prompt"], *portable())}
+    flags = [f"{option}={value}" for option, value in {**asked, "--opt": opt}.items() if value is not None]
     pngs, error = function.remote(ckpt, flags)
     if error:
         raise UserError(error)
     for (drawn, file), png in zip(pictures, pngs, strict=True):
         write_whole(file, png)
         print(f"{file}  seed {drawn.seed}")
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """The file appears whole or not at all: it is written beside its place and renamed."""
-    part = file.with_name(f".{file.name}.part")
-    try:
-        with part.open("wb") as opened:
-            opened.write(data)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(part, file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 # ---- many prompts
@@ -440,14 +424,16 @@ def plan_file(path: str, shared: dict[str, object], folder: Path, ckpt: str, ove
     """The pictures of a prompts file that are not in the folder yet. Raises UserError."""
     shared = dict(shared)
     first_seed = shared.pop("seed", 0)
-    planned = jobs.plan(jobs.read_prompts(path), shared, first_seed)
-    if with_image := next((job for job in planned if job.init_image), None):
-        raise UserError(f"{with_image.where}: init_image is a file of this machine; draw it with sd/inference.py")
+    jobs = plan(read_prompts(path), shared, first_seed)
+    for job, one in ((job, one) for job in jobs for one in parameters.recorded() if one.file):
+        if job.values[one.name] is not None:
+            raise UserError(f"{job.where}: {one.name} is a file of this machine; draw it with sd/inference.py")
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = list(zip(planned, jobs.output_files(f"{folder}/{{index:05}}-{{seed}}.png", planned, True), strict=True))
+    files = output_files(f"{folder}/{{index:05}}-{{seed}}.png", jobs, many=True)
+    pictures = list(zip(jobs, files, strict=True))
     if overwrite:
         return pictures
-    return jobs.left_to_draw(pictures, png_parameters, {"checkpoint": checkpoint_path(ckpt).name})
+    return left_to_draw(pictures, png_parameters, {"checkpoint": checkpoint_path(ckpt).name})
 
 
 def png_parameters(path: Path) -> dict[str, object]:
@@ -497,7 +483,7 @@ def results_of(model: "Model", pictures: Sequence[Picture]) -> Iterator[object]:
     The first picture is drawn alone: if the model does not load, one container has found out, not all of them, and
     what it compiles lies on the volume when the others start. Raises UserError then.
     """
-    fields = ({name: value for name, value in vars(job).items() if name != "where"} for job, _ in pictures)
+    fields = ({"index": job.index, "values": job.values} for job, _ in pictures)
     try:
         first = model.draw.remote(next(fields))
     except Exception as error:

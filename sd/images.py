@@ -1,16 +1,12 @@
 """Pictures between tensors, PIL and files. torch is imported only by what makes a tensor: reading files needs none."""
 
-import io
-import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,54 +72,3 @@ def from_pil(image: Image.Image, height: int, width: int) -> "Tensor":
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     array = np.asarray(image, dtype=np.float32) / 255
     return torch.from_numpy(array).permute(2, 0, 1)[None] * 2 - 1
-
-
-def save_png(image: Image.Image, path: str | os.PathLike, parameters: Mapping[str, object]) -> None:
-    """Write a PNG whose text chunks hold the parameters, one a chunk, each value as JSON.
-
-    The file appears whole or not at all: it is written beside its place and renamed. Raises OSError.
-    """
-    path = Path(path)
-    data = to_png(image, parameters)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def to_png(image: Image.Image, parameters: Mapping[str, object]) -> bytes:
-    """A PNG file whose text chunks hold the parameters, as `save_png` writes it."""
-    text = PngImagePlugin.PngInfo()
-    for key, value in parameters.items():
-        text.add_itxt(key, json.dumps(value, ensure_ascii=False))
-    data = io.BytesIO()
-    image.save(data, format="PNG", pnginfo=text)
-    return data.getvalue()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def read_parameters(path: str | os.PathLike) -> dict[str, object]:
-    """The parameters that `save_png` wrote into a PNG. Raises OSError if it is no PNG, ValueError without any.
-
-    Only the head of the file is read: the pixels are not decoded.
-    """
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            parameters = {key: json.loads(value) for key, value in image.info.items() if isinstance(value, str)}
-    except (SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
-        parameters = {}
-    if "prompt" not in parameters:
-        raise ValueError(f"{path} holds no parameters of a picture drawn by this program")
-    return parameters

@@ -121,6 +121,18 @@ class StableDiffusion:
 
         return explain(self)
 
+    def to(self, device: str | torch.device) -> "StableDiffusion":
+        """Move the models to another device; returns the pipeline itself, as `torch.nn.Module.to` does.
+
+        Raises ValueError for an optimized one: optimizations hold tensors of their own, and suit one device.
+        """
+        if applied := getattr(self, "optimizations", []):
+            raise ValueError(f"the pipeline is optimized ({', '.join(applied)}): move it first, then optimize it")
+        for model in (self.clip, self.unet, self.vae):
+            model.to(device)
+        self.device = torch.device(device)
+        return self
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the weights in the original layout as .safetensors, with the configuration in the metadata."""
         model_loader.save(path, self.config, self.clip, self.unet, self.vae)

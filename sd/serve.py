@@ -1,19 +1,17 @@
 """The service on this machine: `python -m sd.serve`, and what any other host of it needs.
 
 It listens on a loopback address; elsewhere only with a password, SD_AUTH=basic with SD_USER and SD_PASSWORD. The app
-is in sd/service.py, which alone imports the web framework.
+is in sd/service/app.py, which alone imports the web framework.
 """
 
-import argparse
-import ipaddress
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,86 +20,48 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from sd import inference
-from sd.jobs import OneLineParser, UserError
-from sd.orders import Limits, limits_from_env
+from sd.pictures.model import ModelChoice, add_model_options, add_speed_options
+from sd.pictures.parameters import OneLineParser, UserError
+from sd.service.access import auth_from_env, is_loopback
+from sd.service.orders import Limits, limits_from_env
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from sd.pipeline import StableDiffusion
-    from sd.service import BasicAuth
 
-__all__ = ["Limits", "auth_from_env", "create_app", "limits_from_env"]
-
-
-def create_app(
-    pipe: "StableDiffusion",
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
-    auth: "BasicAuth | None" = None,
-    facts: Mapping[str, object] | None = None,
-    hosts: Collection[str] | None = None,
-) -> "FastAPI":
-    """`service.create_app`, where the arguments are described."""
-    from sd import service
-
-    return service.create_app(pipe, limits, auth, facts, hosts)
-
-
-def auth_from_env(environ: Mapping[str, str]) -> "BasicAuth | None":
-    """SD_AUTH=basic: the name and password in SD_USER and SD_PASSWORD. SD_AUTH=none or unset: None, the caller keeps
-    strangers out. Raises UserError.
-    """
-    wanted = environ.get("SD_AUTH") or "none"
-    if wanted == "none":
-        return None
-    if wanted != "basic":
-        raise UserError(f"SD_AUTH must be basic or none, not {wanted!r}")
-    from sd.service import BasicAuth
-
-    user, password = environ.get("SD_USER", ""), environ.get("SD_PASSWORD", "")
-    if not user or not password or ":" in user:
-        raise UserError("SD_AUTH=basic needs SD_USER, without a colon, and SD_PASSWORD")
-    return BasicAuth(user, password)
+@dataclass(frozen=True)
+class Address:
+    host: str
+    port: int
 
 
 # ---- arguments
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> tuple[Address, Limits, ModelChoice]:
     parser = OneLineParser(
         prog="serve.py",
         description="Serve pictures over HTTP: POST /generate, GET /healthz, and a page at /.",
         epilog="SD_AUTH=basic with SD_USER and SD_PASSWORD asks for a password; any --host but loopback needs it.",
     )
-    where = parser.add_argument_group("where")
-    where.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="(%(default)s)")
-    where.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (%(default)s)")
-    inference.add_model_options(parser.add_argument_group("the model"))
-    inference.add_speed_options(parser.add_argument_group("speed"))
-    _add_limits(parser.add_argument_group("the most that is taken ($SD_MAX_STEPS and so on)"))
-    return parser.parse_args(argv)
+    where = parser.add_argument_group("where").add_argument
+    where("--host", default="127.0.0.1", metavar="ADDRESS", help="(%(default)s)")
+    where("--port", type=int, default=8000, metavar="N", help="0 takes a free one (%(default)s)")
+    add_model_options(parser.add_argument_group("the model").add_argument)
+    add_speed_options(parser.add_argument_group("speed").add_argument)
+    _add_limits(parser.add_argument_group("the most that is taken ($SD_MAX_STEPS and so on)").add_argument)
+    args = parser.parse_args(argv)
+    return inference.options(Address, args), inference.options(Limits, args), inference.options(ModelChoice, args)
 
 
-def _add_limits(group: argparse._ArgumentGroup) -> None:
+def _add_limits(add: Callable[..., object]) -> None:
     given = limits_from_env(os.environ)
     for one in fields(Limits):
-        flag = "--" + one.name.replace("_", "-")
         text = f"{one.metadata['help']} (%(default)s)"
-        group.add_argument(flag, type=int, default=getattr(given, one.name), metavar="N", help=text)
-
-
-def limits_of(args: argparse.Namespace) -> Limits:
-    return Limits(**{one.name: getattr(args, one.name) for one in fields(Limits)})
+        add("--" + one.name.replace("_", "-"), type=int, default=getattr(given, one.name), metavar="N", help=text)
 
 
 # ---- the address
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -128,25 +88,25 @@ def url(sock: socket.socket) -> str:
 # ---- the run
 
 
-def run(args: argparse.Namespace) -> None:
+def run(address: Address, limits: Limits, model: ModelChoice) -> None:
     """Check, bind, load, serve until Ctrl-C. Raises UserError for what the caller got wrong."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sd").setLevel(logging.INFO)
-    limits, auth = limits_of(args), auth_from_env(os.environ)
-    if not auth and not is_loopback(args.host):
-        raise UserError(f"--host {args.host} is open to others: it needs SD_AUTH=basic, SD_USER and SD_PASSWORD")
-    with bind(args.host, args.port) as sock:
-        from sd import service  # noqa: F401 (a package that is missing is told before the weights are read)
+    auth, host = auth_from_env(os.environ), address.host
+    if not auth and not is_loopback(host):
+        raise UserError(f"--host {host} is open to others: it needs SD_AUTH=basic, SD_USER and SD_PASSWORD")
+    with bind(host, address.port) as sock:
+        from sd.service import app  # here: a package that is missing is told before the weights are read
 
-        checkpoint = inference.choose_checkpoint(args, {})
-        pipe = inference.load_pipeline(args, checkpoint)
-        facts = inference.facts(args, pipe, checkpoint)
+        checkpoint = model.checkpoint()
+        pipe = model.load(checkpoint)
+        facts = model.facts(pipe, checkpoint)
         # A page elsewhere can point its own name at 127.0.0.1 and so read the answers: the Host header tells.
-        hosts = None if auth else {"localhost", "127.0.0.1", "::1", args.host.lower()}
-        app = create_app(pipe, limits, auth, facts, hosts)
+        hosts = None if auth else {"localhost", "127.0.0.1", "::1", host.lower()}
+        made = app.create_app(pipe, limits, auth, facts, hosts)
         sock.listen(128)
         print(f"{facts['model']} on {facts['device']}: {url(sock)}", flush=True)
-        serve(app, sock)
+        serve(made, sock)
 
 
 def serve(app: "FastAPI", sock: socket.socket) -> None:
@@ -164,7 +124,7 @@ def serve(app: "FastAPI", sock: socket.socket) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """2 after one line on stderr for what the caller can put right, 130 after Ctrl-C."""
-    return inference.exit_code(lambda: run(parse_arguments(argv)))
+    return inference.exit_code(lambda: run(*parse_arguments(argv)))
 
 
 if __name__ == "__main__":

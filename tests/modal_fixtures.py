@@ -13,6 +13,23 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = "v1-5-pruned-emaonly.safetensors"
 
 
+def drawn_here(file: Path, checkpoint: Path, *arguments: object) -> None:
+    """Draw the picture through sd/inference.py in this process, on one thread, as the containers here do.
+
+    Sums are rounded in another order on several threads, whatever OMP_NUM_THREADS said when torch was imported.
+    """
+    import torch
+
+    from sd.inference import main
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main([*map(str, arguments), "--ckpt", str(checkpoint), "--out", str(file)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """The demo model under the name of SD 1.5's file: it draws in a second."""

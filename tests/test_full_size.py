@@ -12,7 +12,7 @@ from bench.reference import oracles
 from bench.reference.oracles import relative_error
 from bench.reference.weights import random_models, write_ckpt
 from sd.config import SD15
-from sd.images import read_parameters
+from sd.pictures.png import read_parameters
 from sd.pipeline import StableDiffusion
 from tests.test_pipeline import assert_image_to_image_matches, detailed, differ, diffusers_pipeline, smooth_noise
 

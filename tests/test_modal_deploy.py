@@ -9,9 +9,9 @@ import pytest
 from modal_proto import api_pb2
 from PIL import Image
 
-from sd.inference import main
+from bench.reference.numbers import pixels
 from sd.pipeline import DEMO_CHECKPOINT
-from tests.test_inference import pixels
+from tests.modal_fixtures import drawn_here
 
 pytest_plugins = ["tests.modal_fixtures"]
 pytest.importorskip("fastapi")
@@ -57,7 +57,7 @@ def test_the_service_in_its_container(loopback, tmp_path):
     status, headers, body = ask("POST", "/generate", {**password, "Accept": "image/png"}, **order)
     assert (status, headers["content-type"]) == (200, "image/png"), body
     arguments = ["--prompt", "a red apple", "--steps", "2", "--seed", "5"]
-    assert main([*arguments, "--ckpt", str(DEMO_CHECKPOINT), "--out", str(tmp_path / "local.png")]) == 0
+    drawn_here(tmp_path / "local.png", DEMO_CHECKPOINT, *arguments, "--opt", "none")
     assert (np.asarray(Image.open(io.BytesIO(body))) == pixels(tmp_path / "local.png")).all()
 
     assert ask("POST", "/generate", {}, **order)[0] == 401

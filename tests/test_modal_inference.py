@@ -1,5 +1,6 @@
 """modal_inference.py through the real client and the real container entry point: one picture, and what goes wrong."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -12,21 +13,17 @@ from modal_proto import api_pb2
 from PIL import Image
 
 import modal_inference
-from sd.images import read_parameters, save_png
-from sd.inference import main
+from bench.reference.numbers import pixels
+from sd.pictures.parameters import PARAMETERS, Number, Parameter
+from sd.pictures.png import read_parameters, save_png
+from tests.modal_fixtures import drawn_here
 from tests.modal_loopback.containers import namespaces_allowed
-from tests.test_inference import pixels
 
 pytest_plugins = ["tests.modal_fixtures"]
 
 ROOT = Path(modal_inference.__file__).parent
 CHECKPOINT = modal_inference.CHECKPOINT
 DRAW = ["--prompt", "a red apple", "--negative-prompt", "-dark", "--steps", 3, "--seed", 5]
-
-
-def drawn_here(folder, checkpoint, *arguments) -> None:
-    """The same through sd/inference.py, in this process."""
-    assert main([*map(str, arguments), "--ckpt", str(checkpoint), "--out", str(folder)]) == 0
 
 
 @pytest.mark.full(memory=False)
@@ -36,7 +33,7 @@ def test_one_picture(filled, checkpoint, tmp_path):
     assert "denoise" in result.text  # its progress
     assert "output.png  seed 5" in result.out
     assert os.listdir(filled.cwd) == ["output.png"]
-    drawn_here(tmp_path / "local.png", checkpoint, *DRAW[:2], "--negative-prompt=-dark", *DRAW[4:], "--opt", "exact")
+    drawn_here(tmp_path / "local.png", checkpoint, *DRAW[:2], "--negative-prompt=-dark", *DRAW[4:])
     assert (pixels(filled.cwd / "output.png") == pixels(tmp_path / "local.png")).all()
     assert read_parameters(filled.cwd / "output.png") == read_parameters(tmp_path / "local.png")
     assert [task.function for task in filled.plane.tasks.values()] == [filled.plane.function("infer")]
@@ -75,8 +72,9 @@ def check_uploads(plane) -> None:
     demo = {path.name for path in (ROOT / "data/demo").iterdir() if path.suffix in (".safetensors", ".json")}
     assert data == {"/root/data/vocab.json", "/root/data/merges.txt", *(f"/root/data/demo/{name}" for name in demo)}
     program = {path for path in under_root - data if path.startswith("/root/sd/")}
-    assert {"/root/sd/pipeline.py", "/root/sd/quantize_filter.json"} <= program
+    assert {"/root/sd/pipeline.py", "/root/sd/optimizations/quantize_filter.json"} <= program
     assert {"/root/sd/kernels/cpp/linear.cpp", "/root/sd/kernels/cpp/simd.h"} <= program
+    assert {"/root/sd/pictures/parameters.py", "/root/sd/service/page.html"} <= program
     assert all(path.endswith((".py", ".html", ".cpp", ".h", ".json")) for path in program)
     assert under_root - data - program == {"/root/modal_inference.py", "/root/modal_infer.sh"}
     assert found["/root/modal_infer.sh"][1] & 0o111
@@ -220,6 +218,38 @@ def test_the_client_needs_no_torch():
     packages = ["torch", "torchao", "numpy", "PIL", "tqdm", "tokenizers", "safetensors", "fastapi", "uvicorn"]
     result = subprocess.run([sys.executable, "-c", code, *packages], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def flags_of(function) -> dict[str, tuple[object, object]]:
+    """Name -> type and default of the flags that Modal makes of an entry point."""
+    return {name: (one.annotation, one.default) for name, one in inspect.signature(function).parameters.items()}
+
+
+def test_the_flags_are_those_of_the_table():
+    """All but what names a file of this machine; and what is not named is the library's default."""
+    flags = flags_of(modal_inference.main.info.raw_f)
+    of_files = {"init_image", "strength"}
+    of_pictures = {name: (one.check.kind | None, None) for name, one in PARAMETERS.items() if name not in of_files}
+    assert of_pictures.items() <= flags.items()
+    assert not {*of_files, "given"} & set(flags)
+    assert flags["opt"][1] == modal_inference.read_settings({})["SD_OPT"] == "default"
+
+
+def test_a_new_parameter_is_a_flag_and_reaches_the_container(monkeypatch, tmp_path):
+    class Function:
+        @staticmethod
+        def remote(ckpt: str, flags: list[str]) -> tuple[list[bytes], str]:
+            asked.extend(flags)
+            return [b"png"], ""
+
+    monkeypatch.setitem(PARAMETERS, "eta", Parameter("eta", Number(0, 2), "how much noise", 0.5))
+    assert flags_of(modal_inference.with_parameters(lambda **given: None))["eta"] == (float | None, None)
+    asked: list[str] = []
+    pictures = modal_inference.plan_prompt("-x", {"seed": 3, "eta": 1.5}, f"{tmp_path}/a.png")
+    modal_inference.draw_prompt(pictures, Function, "demo", "default")
+    wanted = ["--prompt=-x", "--negative-prompt=", "--steps=50", "--cfg-scale=7.5", "--seed=3", "--sampler=ddpm"]
+    assert asked == [*wanted, "--num-images=1", "--eta=1.5", "--opt=default"]
+    assert (tmp_path / "a.png").read_bytes() == b"png"
 
 
 def test_a_png_is_read_without_pillow(tmp_path):

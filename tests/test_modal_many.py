@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import modal_inference
-from sd.images import read_parameters
-from sd.inference import main
-from tests.test_inference import pixels
+from bench.reference.numbers import pixels
+from sd.pictures.png import read_parameters
+from tests.modal_fixtures import drawn_here
 
 pytest_plugins = ["tests.modal_fixtures"]
 
@@ -73,7 +73,7 @@ def test_thirty_prompts_a_killed_container_and_a_bad_prompt(filled, checkpoint, 
         drawn = pictures / f"{i + 1:05}-{100 + i}.png"
         local = tmp_path / "local.png"
         arguments = ["--prompt", lines[i]["prompt"], "--steps", 1, "--seed", 100 + i]
-        assert main([*map(str, arguments), "--ckpt", str(checkpoint), "--out", str(local)]) == 0
+        drawn_here(local, checkpoint, *arguments)
         assert (pixels(drawn) == pixels(local)).all()
         assert read_parameters(drawn) == read_parameters(local)
 
@@ -176,13 +176,3 @@ def test_what_has_no_result_has_failed(tmp_path):
     pictures = modal_inference.plan_file(prompts_file(tmp_path, 4), {}, tmp_path / "out", "demo", False)
     results = [{"index": 2, "png": b"x"}, {"index": 3, "error": "too large"}, RuntimeError("lost"), RuntimeError()]
     assert modal_inference.write_results(results, pictures) == {3: "too large", 1: "RuntimeError", 4: "RuntimeError"}
-
-
-def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        modal_inference.write_whole(tmp_path / "x.png", b"x")
-    assert list(tmp_path.iterdir()) == []

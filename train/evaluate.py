@@ -32,8 +32,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sd.pictures.provenance import fingerprint
 from sd.pipeline import DEMO_CHECKPOINT, StableDiffusion
-from sd.provenance import fingerprint
 from train import autoencoder, captions, checkers, classifier, export, figures
 from train.captions import PLAIN, RELATIONS, SEEN_SHAPES, Bank, Data, Scene, Thing
 from train.colours import recolour

@@ -2,7 +2,7 @@
 
     POST /generate    JSON in; a PNG, JSON, or a stream of progress and pictures out, as the Accept header says
     GET  /healthz     the model, the limits and the queue
-    GET  /            a page to try it, sd/serve.html
+    GET  /            a page to try it, page.html
 
 Progress comes in the answer itself, a line of JSON an event: a second request to ask for it could reach another
 container behind a proxy, and a client that leaves takes its place in the queue with it.
@@ -10,40 +10,39 @@ container behind a proxy, and a client that leaves takes its place in the queue 
 
 import asyncio
 import base64
-import binascii
-import hashlib
-import hmac
 import json
 import logging
-import re
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sd import memory
-from sd.images import to_png
-from sd.jobs import Job
-from sd.orders import Limits, Order, read_order
-from sd.worker import Event, FailedError, Report, Task, Work, Worker
+from sd.pictures.drawing import draw_batch, is_out_of_memory, release
+from sd.pictures.model import facts_of
+from sd.pictures.plan import Job
+from sd.pictures.png import to_png
+from sd.service.access import BasicAuth, content_security_policy, host_name
+from sd.service.form import page_with_form
+from sd.service.orders import Limits, Order, read_order
+from sd.service.worker import Event, FailedError, Report, Task, Work, Worker
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from sd.pipeline import OnStep, StableDiffusion
 
 log = logging.getLogger(__name__)
 
-PAGE = Path(__file__).with_name("serve.html")
+PAGE = Path(__file__).with_name("page.html")
 PNG, JSON, NDJSON = "image/png", "application/json", "application/x-ndjson"
 RETRY_AFTER = 10
 """Seconds that a client should wait when the queue is full."""
@@ -53,18 +52,18 @@ SLOWEST_UPLOAD = 30.0
 
 def create_app(
     pipe: "StableDiffusion",
-    limits: Limits,
-    auth: "BasicAuth | None" = None,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    auth: BasicAuth | None = None,
     facts: Mapping[str, object] | None = None,
     hosts: Collection[str] | None = None,
 ) -> FastAPI:
     """The service over `pipe`, which it uses from a single thread.
 
     auth: None leaves it to whoever calls this to keep strangers out (a loopback address, a proxy).
-    facts: what each PNG says of the model and the machine (`inference.facts`); None is what the pipeline itself tells.
+    facts: what each PNG says of model and machine (`ModelChoice.facts`); None is what the pipeline itself tells.
     hosts: the names that the Host header may have; None: any.
     """
-    service = Service(pipe, limits, known(pipe) if facts is None else facts)
+    service = Service(pipe, limits, facts_of(pipe) if facts is None else facts)
     app = FastAPI(openapi_url=None, lifespan=service.lifespan)  # no schema, so no /docs, which load foreign scripts
     app.add_api_route("/generate", service.generate, methods=["POST"], response_model=None)
     app.add_api_route("/healthz", service.healthz, methods=["GET"], response_model=None)
@@ -77,16 +76,6 @@ def create_app(
     return app
 
 
-def known(pipe: "StableDiffusion") -> dict[str, object]:
-    return {
-        "model": pipe.config.name,
-        "opt": ",".join(getattr(pipe, "optimizations", [])),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": str(pipe.device),
-        "torch": torch.__version__,
-    }
-
-
 def refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """One readable line, whatever is wrong."""
     return JSONResponse({"error": " ".join(message.split())}, status, headers)
@@ -95,7 +84,7 @@ def refusal(status: int, message: str, headers: Mapping[str, str] | None = None)
 # ---- drawing
 
 
-def drawing(pipe: "StableDiffusion", order: Order, facts: Mapping[str, object]) -> Work:
+def work_for(pipe: "StableDiffusion", order: Order, facts: Mapping[str, object]) -> Work:
     """What the worker does for an order: it reports every step and every picture, PNG bytes and parameters.
 
     One picture at a time, so that each is what its seed draws alone, and memory is that of one.
@@ -106,7 +95,7 @@ def drawing(pipe: "StableDiffusion", order: Order, facts: Mapping[str, object]) 
         for number, job in enumerate(order.jobs, start=1):
             place = {"picture": number, "pictures": len(order.jobs)}
 
-            def on_step(step: int, steps: int, latents: torch.Tensor, place: Event = place) -> None:
+            def on_step(step: int, steps: int, latents: "Tensor", place: Event = place) -> None:
                 report({"event": "step", **place, "step": step, "steps": steps})
 
             image = draw(pipe, order, job, on_step)
@@ -122,25 +111,11 @@ def draw(pipe: "StableDiffusion", order: Order, job: Job, on_step: "OnStep") -> 
     """One job of the order, with all that its PNG will say of it in `info`. Raises FailedError when out of memory."""
     pipe.times.clear()
     try:
-        [image] = pipe.generate(
-            [job.prompt],
-            [job.negative_prompt],
-            job.steps,
-            job.cfg_scale,
-            [job.seed],
-            job.height,
-            job.width,
-            job.sampler,
-            order.init_image,
-            job.strength,
-            on_step=on_step,
-        )
-        image.info |= {**order.origin, "batch": [0, 1]}
-        return image
+        return draw_batch(pipe, [job], order.init_image, order.origin, on_step)[0]
     except Exception as error:
-        if not memory.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-    memory.release(pipe.device)  # out here, where the error no longer holds the picture's tensors
+    release(pipe.device)  # out here, where the error no longer holds the picture's tensors
     raise FailedError(503, "out of memory: ask for a smaller height and width")
 
 
@@ -217,7 +192,7 @@ class Service:
         self.limits = limits
         self.facts = facts
         self.worker = Worker(limits.max_queue)
-        self.html = PAGE.read_text(encoding="utf-8")
+        self.html = page_with_form(PAGE.read_text(encoding="utf-8"), limits, pipe.config)
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -230,7 +205,7 @@ class Service:
         body = await read_body(request, self.limits.max_body)
         order = await asyncio.to_thread(read_order, body, self.limits, self.pipe.config)
         self._check_room()
-        task = self.worker.submit(drawing(self.pipe, order, self.facts))
+        task = self.worker.submit(work_for(self.pipe, order, self.facts))
         answer = answer_type(request.headers.get("accept", ""), len(order.jobs))
         if answer == NDJSON:
             return Lines(task)
@@ -258,38 +233,6 @@ class Service:
 
 
 # ---- who may ask, and what the answers allow
-
-
-@dataclass(frozen=True)
-class BasicAuth:
-    """The one name and password that HTTP Basic must bring."""
-
-    user: str
-    password: str = field(repr=False)
-
-    def accepts(self, authorization: str) -> bool:
-        """Whether this Authorization header is the right one; the time does not tell how near it was."""
-        scheme, _, encoded = authorization.partition(" ")
-        try:
-            given = base64.b64decode(encoded.strip(), validate=True)
-        except (binascii.Error, ValueError):
-            return False
-        return scheme.lower() == "basic" and hmac.compare_digest(given, f"{self.user}:{self.password}".encode())
-
-
-def content_security_policy(html: str) -> str:
-    """Nothing but the page's own script and style, its own server, and pictures made in the page."""
-    hashes = {
-        tag: " ".join(
-            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-            for text in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        )
-        for tag in ("script", "style")
-    }
-    return (
-        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; img-src blob: data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
 
 
 class Guard:
@@ -335,9 +278,3 @@ class Guard:
             challenge = {"WWW-Authenticate": 'Basic realm="Stable Diffusion", charset="UTF-8"'}
             return refusal(401, "a user name and a password are needed", challenge)
         return None
-
-
-def host_name(host: str) -> str:
-    """A Host header without its port: "[::1]:8000" -> "::1"."""
-    named = re.fullmatch(r"(\[[^]]*\]|[^:]*)(:\d*)?", host)
-    return named[1].strip("[]").lower() if named else ""

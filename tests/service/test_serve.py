@@ -25,11 +25,14 @@ import uvicorn
 from PIL import Image
 
 from bench.reference.weights import tiny_config
-from sd import inference, serve, worker
-from sd.images import read_parameters
-from sd.jobs import UserError
-from sd.serve import Limits, auth_from_env, create_app, limits_from_env
-from sd.service import BasicAuth, answer_type, host_name
+from sd import inference, serve
+from sd.pictures.model import ModelChoice
+from sd.pictures.parameters import UserError
+from sd.pictures.png import read_parameters
+from sd.service import worker
+from sd.service.access import BasicAuth, auth_from_env, host_name
+from sd.service.app import answer_type, create_app
+from sd.service.orders import Limits, limits_from_env
 
 PROGRAM = Path(serve.__file__)
 PNG, JSON, NDJSON = "image/png", "application/json", "application/x-ndjson"
@@ -94,9 +97,10 @@ def serving(app) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def loaded(tiny_checkpoint):
-    args = serve.parse_arguments(["--ckpt", str(tiny_checkpoint), "--device", "cpu"])
-    pipe = inference.load_pipeline(args, tiny_checkpoint)
-    return pipe, inference.facts(args, pipe, tiny_checkpoint)
+    _, _, model = serve.parse_arguments(["--ckpt", str(tiny_checkpoint), "--device", "cpu"])
+    assert model == ModelChoice(ckpt=tiny_checkpoint, device="cpu")
+    pipe = model.load(tiny_checkpoint)
+    return pipe, model.facts(pipe, tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +122,7 @@ class WaitingPipe:
         self.finish = threading.Semaphore(0)
         self.alone = threading.Lock()
 
-    def generate(self, prompts, negatives, steps, *settings, on_step: Callable) -> list[Image.Image]:
+    def generate(self, prompts, steps: int, on_step: Callable, **settings) -> list[Image.Image]:
         assert self.alone.acquire(blocking=False), "two at once"
         self.began.put(prompts[0])
         try:
@@ -291,7 +295,7 @@ def test_a_fault_is_one_line_for_the_client_and_a_traceback_in_the_log(loaded, m
     monkeypatch.setattr(pipe, "generate", lambda *_, **__: 1 / 0)
     with serving(create_app(pipe, facts=facts)) as client:
         assert client.error("POST", "/generate", {"prompt": "x"}) == (500, "this failed; the server's log says why")
-        monkeypatch.setattr("sd.service.read_order", lambda *_: 1 / 0)
+        monkeypatch.setattr("sd.service.app.read_order", lambda *_: 1 / 0)
         assert client.error("POST", "/generate", {"prompt": "x"}) == (500, "this failed; the server's log says why")
     assert caplog.text.count("ZeroDivisionError") == 2
 
@@ -443,7 +447,7 @@ def test_limits(monkeypatch):
     assert limits_from_env({}) == Limits()
     monkeypatch.setenv("SD_MAX_STEPS", "7")
     monkeypatch.setenv("SD_MAX_QUEUE", "0")
-    assert serve.limits_of(serve.parse_arguments(["--max-queue", "3"])) == Limits(max_steps=7, max_queue=3)
+    assert serve.parse_arguments(["--max-queue", "3"])[1] == Limits(max_steps=7, max_queue=3)
     for wrong in ("x", "-1", "1.5"):
         with pytest.raises(UserError, match="SD_MAX_SIDE must be a whole number"):
             limits_from_env({"SD_MAX_SIDE": wrong})
@@ -506,8 +510,9 @@ def test_help_needs_neither_torch_nor_the_web_framework():
 
 def test_drawing_needs_no_web_framework():
     """One file imports it, and that file is imported when an app is made, no earlier."""
-    files = {file.name: file.read_text() for file in PROGRAM.parent.glob("*.py")}
+    folder = PROGRAM.parent
+    files = {file.relative_to(folder).as_posix(): file.read_text() for file in folder.rglob("*.py")}
     framework = re.compile(r"^(from|import) (fastapi|starlette|uvicorn)\b", re.MULTILINE)
-    service = re.compile(r"^(from|import) .*\bservice\b", re.MULTILINE)
-    assert [name for name, text in files.items() if framework.search(text)] == ["service.py"]
-    assert [name for name, text in files.items() if service.search(text)] == []
+    app = re.compile(r"^(from|import) sd\.service(\.app\b| import .*\bapp\b)", re.MULTILINE)
+    assert [name for name, text in files.items() if framework.search(text)] == ["service/app.py"]
+    assert [name for name, text in files.items() if app.search(text)] == []

@@ -10,15 +10,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from bench.reference.numbers import pixels
 from bench.reference.weights import random_models, tiny_config
-from sd import inference, memory
-from sd.images import read_parameters, save_png
-from sd.inference import main, parse_arguments, recall
+from sd import inference
+from sd.inference import main, parse_arguments
+from sd.pictures.png import read_parameters, save_png
+from sd.pictures.run import recalled
 from sd.pipeline import StableDiffusion
 
 PROGRAM = Path(inference.__file__)
@@ -57,10 +58,6 @@ def calls(monkeypatch) -> list[list[str]]:
 
 def names(folder: Path = Path()) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def pixels(path: str | Path) -> np.ndarray:
-    return np.asarray(Image.open(path)).astype(int)
 
 
 def start(*arguments: object, cwd: Path, output: int = subprocess.PIPE) -> subprocess.Popen:
@@ -214,7 +211,7 @@ def test_out_of_memory_halves_the_batch(draw, monkeypatch, error):
 LITTLE_MEMORY = """
 import resource, sys
 from pathlib import Path
-from sd.inference import main, parse_arguments, recall
+from sd.inference import main
 line = ["--prompt", "x", "--steps", "1", "--seed", "0", "--ckpt", sys.argv[1]]
 main([*line, "--num-images", "2"])  # so that what is allocated once is
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -232,20 +229,6 @@ def test_memory_that_really_runs_out(tiny_checkpoint, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "out of memory; going on with 32 at once" in result.stderr
     assert len(list(tmp_path.glob("a-*.png"))) == 64
-
-
-def test_the_batch_grows_with_memory_and_shrinks_with_the_picture(monkeypatch):
-    config, cuda = tiny_config(), torch.device("cuda")
-    one = memory.picture_bytes(config, 64, 64, torch.float32)
-    for free, at_once in [(0, 1), (one, 1), (10 * one, 8), (10**15, memory.MOST_ON_ACCELERATOR)]:
-        monkeypatch.setattr(memory, "available", lambda device, free=free: free)
-        assert memory.pictures_at_once(config, 64, 64, torch.float32, cuda) == at_once
-    assert memory.picture_bytes(config, 128, 64, torch.float16) == one
-
-
-def test_memory_of_this_machine():
-    free = memory.available(torch.device("cpu"))
-    assert free is None or 2**20 < free < 2**50
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.full)])
@@ -266,7 +249,7 @@ def test_many_prompts_killed_midway_and_run_again(draw, tiny_checkpoint, tmp_pat
         save_png(*args)
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
 
-    monkeypatch.setattr("sd.images.save_png", measuring)
+    monkeypatch.setattr("sd.pictures.png.save_png", measuring)
     out = draw(*line)
     files = sorted(tmp_path.glob("*.png"))
     assert [read_parameters(file)["prompt"] for file in files] == prompts
@@ -302,12 +285,23 @@ def test_from_png_with_another_size(draw):
 def test_from_png_takes_dtype_and_device_too_unless_they_are_given(tmp_path):
     recorded = {"prompt": "x", "dtype": "bfloat16", "device": "cpu", "ema": True, "batch": [2, 8]}
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", recorded)
-    args = parse_arguments(["--from-png", f"{tmp_path}/a.png", "--device", "cuda"])
-    recall(args)
-    assert (args.dtype, args.device, args.ema, args.again) == ("bfloat16", "cuda", True, (2, 8))
-    args = parse_arguments(["--from-png", f"{tmp_path}/a.png", "--batch-size", "1"])
-    recall(args)
-    assert args.again is None
+    run, model, _ = recalled(*parse_arguments(["--from-png", f"{tmp_path}/a.png", "--device", "cuda"]))
+    assert (model.dtype, model.device, model.ema, run.place) == ("bfloat16", "cuda", True, (2, 8))
+    run, _, _ = recalled(*parse_arguments(["--from-png", f"{tmp_path}/a.png", "--batch-size", "1"]))
+    assert run.place is None
+
+
+def test_from_png_of_a_plain_model_is_the_plain_model(tmp_path):
+    """ "" is what was applied there, not something that is left open."""
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"prompt": "x", "opt": ""})
+    _, model, _ = recalled(*parse_arguments(["--from-png", f"{tmp_path}/a.png"]))
+    assert model.names() == ""
+
+
+def test_a_seed_of_zero_is_a_seed(draw):
+    draw("--prompt", "x", "--steps", 1, "--seed", 9)
+    draw("--from-png", "output.png", "--seed", 0, "--out", "zero.png")
+    assert read_parameters("zero.png")["seed"] == 0
 
 
 def test_from_png_of_image_to_image(draw, tmp_path):
@@ -344,6 +338,16 @@ def test_optimizations_are_applied_recorded_and_recalled(draw):
     assert read_parameters("output.png")["opt"] == "attention=math,kv-cache,deepcache=2"
     draw("--from-png", "output.png", "--out", "again.png")
     assert Path("output.png").read_bytes() == Path("again.png").read_bytes()
+
+
+def test_what_runs_is_explained(draw, monkeypatch):
+    monkeypatch.setattr(StableDiffusion, "explain", lambda pipe: f"runs: {','.join(pipe.optimizations)}", raising=False)
+    out = draw("--explain", "--opt", "kv-cache")
+    assert out.startswith("runs: kv-cache\n")
+    assert names() == []
+    out = draw("--explain", "--opt", "kv-cache", "--prompt", "x", "--steps", 1)
+    assert out.startswith("runs: kv-cache\n")
+    assert names() == ["output.png"]
 
 
 def test_optimizations_are_listed(draw):

@@ -58,6 +58,8 @@ def refused(folder, capfd):
         (["--steps", "1001"], "steps must be from 1 to 1000, not 1001"),
         (["--cfg-scale", "nan"], "cfg_scale must be a finite number, not nan"),
         (["--cfg-scale=-inf"], "cfg_scale must be a finite number"),
+        (["--cfg-scale", "1e40"], "cfg_scale must be from -1000 to 1000, not 1e\\+40"),
+        (["--cfg-scale", "1" + "0" * 400], "cfg_scale must be a finite number, not inf"),
         (["--strength", "0"], "strength must be over 0 and at most 1, not 0.0"),
         (["--strength", "2"], "strength must be over 0 and at most 1, not 2.0"),
         (["--strength", "nan"], "strength must be a finite number"),
@@ -227,7 +229,7 @@ def test_a_folder_as_prompts_file(refused):
 
 
 def test_pictures_to_draw_again(refused, tiny_checkpoint):
-    from sd.images import save_png
+    from sd.pictures.png import save_png
 
     Image.new("RGB", (8, 8)).save("foreign.png")
     Path("text.png").write_text("not a picture")
@@ -237,6 +239,8 @@ def test_pictures_to_draw_again(refused, tiny_checkpoint):
     cases = [
         ({"prompt": "x", "steps": 0}, "steps must be"),
         ({"prompt": ["x"]}, "prompt must be text"),
+        ({"prompt": None}, "prompt is missing"),
+        ({"prompt": "x", "cfg_scale": 1e40}, "cfg_scale must be from -1000 to 1000"),
         ({"prompt": "x", "dtype": "int8"}, "no dtype int8"),
         ({"prompt": "x", "device": "warp"}, "--device: 'warp'"),
         ({"prompt": "x", "opt": "magic"}, "no optimization 'magic'"),

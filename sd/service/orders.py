@@ -1,7 +1,7 @@
 """What a client of the service may ask for: the parameters of a prompts file as JSON, checked and limited.
 
-The checks are the command line's own (sd/jobs.py); this adds the limits that a server needs, because others pay for
-what it draws. Neither torch nor a web framework is imported.
+The checks are the command line's own (sd/pictures/parameters.py); this adds the limits that a server needs, because
+others pay for what it draws. Neither torch nor a web framework is imported.
 """
 
 import base64
@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from sd import jobs
 from sd.config import Config
-from sd.jobs import DEFAULTS, Entry, Job, UserError
-from sd.worker import FailedError
+from sd.pictures.parameters import PARAMETERS, UserError, checked
+from sd.pictures.plan import Entry, Job, plan
+from sd.service.worker import FailedError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,6 +48,11 @@ class Limits:
             low = 0 if one.name == "max_queue" else 1
             if getattr(self, one.name) < low:
                 raise ValueError(f"{one.name} must be at least {low}, not {getattr(self, one.name)}")
+
+    def of(self, name: str) -> int | None:
+        """The most that a picture's parameter may be, in characters of a text; None: what its check allows."""
+        limit = PARAMETERS[name].limit
+        return None if limit is None else getattr(self, limit)
 
 
 def limits_from_env(environ: Mapping[str, str]) -> Limits:
@@ -92,16 +97,17 @@ def _json_object(body: bytes) -> dict[str, object]:
 
 
 def _checked(values: Mapping[str, object], limits: Limits) -> dict[str, object]:
-    given = jobs.checked("", values)
+    given = checked("", values)
     if "prompt" not in given:
         raise ValueError("prompt is missing")
-    for name in ("prompt", "negative_prompt"):
-        if len(given.get(name, "")) > limits.max_prompt:
-            raise ValueError(f"{name} must be at most {limits.max_prompt} characters, not {len(given[name])}")
-    most = {"steps": limits.max_steps, "height": limits.max_side, "width": limits.max_side}
-    for name, limit in {**most, "num_images": limits.max_num_images}.items():
-        if given.get(name, 0) > limit:
-            raise ValueError(f"{name} must be at most {limit} here, not {given[name]}")
+    for name, value in given.items():
+        if (most := limits.of(name)) is None:
+            continue
+        if isinstance(value, str):
+            if len(value) > most:
+                raise ValueError(f"{name} must be at most {most} characters, not {len(value)}")
+        elif value > most:
+            raise ValueError(f"{name} must be at most {most} here, not {value}")
     return given
 
 
@@ -111,13 +117,18 @@ def _check_size(given: Mapping[str, object], limits: Limits, config: Config) -> 
 
 
 def _plan(given: Mapping[str, object], limits: Limits) -> list[Job]:
-    shared = {"steps": min(DEFAULTS["steps"], limits.max_steps)}
-    return jobs.plan([Entry("", given)], shared, first_seed=secrets.randbelow(2**32))
+    return plan([Entry("", given)], defaults_within(limits), first_seed=secrets.randbelow(2**32))
+
+
+def defaults_within(limits: Limits) -> dict[str, object]:
+    """The parameters' defaults that are numbers, as far as the limits allow."""
+    numbers = {one.name: one.default for one in PARAMETERS.values() if isinstance(one.default, int | float)}
+    return {name: value if (most := limits.of(name)) is None else min(value, most) for name, value in numbers.items()}
 
 
 def _read_upload(upload: object) -> "tuple[Image.Image, dict[str, object]]":
     """A picture file in base64, a data: URL too -> the picture, and what is recorded of it. Raises ValueError."""
-    from sd.provenance import fingerprint
+    from sd.pictures.provenance import fingerprint
 
     if not isinstance(upload, str):
         raise ValueError("init_image must be a picture file in base64")

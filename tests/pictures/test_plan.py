@@ -1,4 +1,4 @@
-"""Prompt files, names, resuming and batches, without a model."""
+"""Prompts files, jobs and batches, without a model."""
 
 import json
 import subprocess
@@ -10,24 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd import pipeline, samplers
-from sd.jobs import (
-    CHECKS,
-    DEFAULTS,
-    NAME_FIELDS,
-    SAMPLERS,
-    Entry,
-    Job,
-    UserError,
-    check_parameter,
-    draw_in_batches,
-    groups,
-    left_to_draw,
-    output_files,
-    plan,
-    read_prompts,
-    slug,
-)
+from sd.pictures.parameters import PARAMETERS, UserError
+from sd.pictures.plan import Entry, Job, draw_in_batches, groups, plan, read_prompts
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -61,7 +45,7 @@ def test_any_parameter_by_line(tmp_path):
         "strength": 0.5,
         "num_images": 2,
     }
-    assert set(line) == set(CHECKS)
+    assert set(line) == set(PARAMETERS)
     file = write(tmp_path / "p.jsonl", json.dumps(line) + '\n{"prompt": "b", "steps": null}\n')
     jobs = plan(read_prompts(file), {"steps": 7}, first_seed=100)
     assert [(j.index, j.prompt, j.steps, j.seed) for j in jobs] == [
@@ -70,7 +54,7 @@ def test_any_parameter_by_line(tmp_path):
         (3, "b", 7, 102),
     ]
     assert jobs[0].settings() == (3, 2.0, 64, 128, "ddim", "a.png", 0.5)
-    assert jobs[2].settings()[2:] == (None, None, "ddpm", None, DEFAULTS["strength"])
+    assert jobs[2].settings()[2:] == (None, None, "ddpm", None, PARAMETERS["strength"].default)
     assert jobs[2].where == f"{file} line 2"
 
 
@@ -84,6 +68,8 @@ def test_any_parameter_by_line(tmp_path):
         ('{"prompt": "a", "steps": true}', "line 1: steps"),
         ('{"prompt": "a", "cfg_scale": NaN}', "line 1: cfg_scale must be a finite number"),
         ('{"prompt": "a", "cfg_scale": 1e999}', "line 1: cfg_scale"),
+        ('{"prompt": "a", "cfg_scale": 1e40}', "line 1: cfg_scale must be from -1000 to 1000, not 1e+40"),
+        ('{"prompt": "a", "cfg_scale": 1%s}' % ("0" * 400), "line 1: cfg_scale must be from -1000 to 1000, not 1000"),
         ('{"prompt": "a", "strength": 2}', "line 1: strength must be over 0"),
         ('{"prompt": "a", "strength": 0}', "line 1: strength must be over 0"),
         ('{"prompt": "a", "sampler": "magic"}', "line 1: no sampler 'magic'; there are ddpm, ddim"),
@@ -128,120 +114,11 @@ def test_any_text_file_is_prompts_or_one_error(tmp_path_factory, text):
     assert all(isinstance(entry.parameters["prompt"], str) and "any.jsonl" in entry.where for entry in read)
 
 
-def test_what_is_refused_here_is_what_the_pipeline_refuses():
-    assert tuple(samplers.SAMPLERS) == SAMPLERS
-    good = {"steps": 50, "cfg_scale": 7.5, "sampler": "ddpm", "strength": 0.8}
-    values = [("steps", 0), ("steps", 1), ("steps", 1000), ("steps", 1001), ("strength", 0.0), ("strength", 1e-9)]
-    values += [
-        ("strength", 1.0),
-        ("strength", 1.01),
-        ("cfg_scale", float("inf")),
-        ("cfg_scale", -3.0),
-        ("sampler", "x"),
-    ]
-    for name, value in values:
-        assert raises(check_parameter, name, value) == raises(pipeline._check, **{**good, name: value}), (name, value)
-
-
-def raises(function, *args, **kwargs) -> bool:
-    try:
-        function(*args, **kwargs)
-    except ValueError:
-        return True
-    return False
-
-
-# ---- names
-
-
-def test_names(tmp_path):
-    jobs = some_jobs(3)
-    assert output_files(f"{tmp_path}/a.png", jobs[:1], many=False) == [tmp_path / "a.png"]
-    assert [f.name for f in output_files(f"{tmp_path}/a.png", jobs, many=True)] == ["a-1.png", "a-2.png", "a-3.png"]
-    assert [f.name for f in output_files(f"{tmp_path}/a.png", jobs[:1], many=True)] == ["a-1.png"]
-    pattern = f"{tmp_path}/{{index:04}}-{{seed}}-{{prompt}}-{{steps}}{{{{x}}}}.png"
-    assert output_files(pattern, jobs, many=True)[1].name == "0002-1-x-50{x}.png"
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("{index.__class__}.png", "has the field {index.__class__}"),
-        ("{index[0]}.png", "has the field"),
-        ("{index!r}.png", "has the field"),
-        ("{0}.png", "has the field"),
-        ("{}.png", "has the field"),
-        ("{colour}.png", "there are {index}, {seed}"),
-        ("{index.png", "--out"),
-        ("{index:s}.png", "--out"),
-        ("{seed:{index}}.png", "has the field"),
-        ("a.jpg", "PNG files"),
-        ("a", "PNG files"),
-        ("no/{index}.png", "there is no folder no"),
-        ("{index}/x.png", "there is no folder 1"),
-        ("{sampler}.png", "pictures 1 and 2 would both be"),
-        (f"{'x' * 252}{{index}}.png", "longer than 255 bytes"),
-        ("folder.png", "is a folder"),
-    ],
-)
-def test_patterns_that_cannot_work(tmp_path, monkeypatch, pattern, message):
-    monkeypatch.chdir(tmp_path)
-    Path("folder.png").mkdir()
-    with pytest.raises(UserError, match=message.replace("{", r"\{").replace("[", r"\[")):
-        output_files(pattern, some_jobs(2), many="folder" not in pattern)
-    assert [p.name for p in tmp_path.iterdir()] == ["folder.png"]
-
-
-@given(st.text())
-def test_a_prompt_in_a_name_stays_one_harmless_word(text):
-    word = slug(text)
-    assert word
-    assert len(word) <= 40
-    assert not set(word) & set("/\\.:*?\"'<>|{} \0\n")
-    assert len(word.encode()) < 200
-    assert Path(word).name == word
-
-
-def test_slugs():
-    assert slug("A red apple, on SNOW!") == "a-red-apple-on-snow"
-    assert slug("../../etc/passwd") == "etc-passwd"
-    assert slug("...") == "picture"
-    assert set(NAME_FIELDS) <= set(Job.__dataclass_fields__)
-
-
-# ---- what is there already
-
-
-def test_what_is_there_is_not_drawn_again(tmp_path):
-    jobs = some_jobs(4)
-    pictures = list(zip(jobs, output_files(f"{tmp_path}/a.png", jobs, many=True), strict=True))
-    there = {}
-    for job, file in pictures[:2]:
-        file.touch()
-        there[file] = {**job.parameters(), "height": 64, "model": "tiny"}
-    assert left_to_draw(pictures, there.__getitem__) == pictures[2:]
-    with pytest.raises(UserError, match="another picture \\(its model is 'tiny', not 'large'\\)"):
-        left_to_draw(pictures, there.__getitem__, {"model": "large"})
-    there[pictures[1][1]]["seed"] = 77
-    with pytest.raises(UserError, match="its seed is 77, not 1"):
-        left_to_draw(pictures, there.__getitem__)
-    assert left_to_draw(pictures, there.__getitem__, ignore=["seed"]) == pictures[2:]
-
-
-def test_a_file_of_somebody_else_is_not_taken_for_a_picture(tmp_path):
-    def refuse(path):
-        raise ValueError("no parameters")
-
-    (tmp_path / "a.png").touch()
-    with pytest.raises(UserError, match="not one of this program's"):
-        left_to_draw([(some_jobs(1)[0], tmp_path / "a.png")], refuse)
-
-
 # ---- batches
 
 
 def test_pictures_of_other_settings_are_other_groups():
-    jobs = [replace(job, steps=10 + job.index % 2) for job in some_jobs(5)]
+    jobs = [replace(job, values={**job.values, "steps": 10 + job.index % 2}) for job in some_jobs(5)]
     found = groups((job, Path(f"{job.index}.png")) for job in jobs)
     assert [[job.index for job, _ in group] for group in found] == [[1, 3, 5], [2, 4]]
 
@@ -295,7 +172,19 @@ def test_other_errors_pass_through():
         next(draw_in_batches(some_jobs(4), broken, 4, lambda error: False, lambda size: None))
 
 
+def test_a_job_has_the_parameters_of_a_picture():
+    [job] = some_jobs(1, steps=7)
+    assert (job.prompt, job.steps, job.seed, job.height) == ("x", 7, 0, None)
+    for name in ("num_images", "colour", "__deepcopy__"):
+        assert not hasattr(job, name)
+    assert len({job, replace(job), replace(job, index=2)}) == 2
+
+
+ROOMS = "sd.pictures.run, sd.pictures.files, sd.pictures.drawing, sd.pictures.model, sd.pictures.provenance"
+
+
 def test_planning_needs_no_torch():
-    code = "import sys, sd.jobs, sd.images, sd.provenance, sd.download; assert 'torch' not in sys.modules"
-    root = Path(__file__).resolve().parent.parent
+    modules = f"{ROOMS}, sd.pictures.png, sd.images, sd.download"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
+    root = Path(__file__).resolve().parent.parent.parent
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

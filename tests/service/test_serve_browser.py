@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sd.images import read_parameters
+from sd.pictures.png import read_parameters
 from sd.pipeline import DEMO_CHECKPOINT, StableDiffusion
-from sd.serve import Limits, create_app
-from tests.test_serve import WaitingPipe, serving
+from sd.service.app import create_app
+from sd.service.orders import Limits
+from tests.service.test_serve import WaitingPipe, serving
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.chrome.service import Service  # noqa: E402
@@ -147,7 +148,7 @@ def test_a_drawing_is_stopped(driver):
         page = Page(driver, client.port)
         page.set(prompt="x")
         page["draw"].click()
-        page.wait(lambda: page.text("text") == "step 1 of 25")
+        page.wait(lambda: page.text("text") == "step 1 of 50")
         page["stop"].click()
         assert pipe.left.get(timeout=30) == "x"
         page.wait(lambda: page["draw"].is_displayed())

@@ -1,0 +1,1 @@
+"""What is to be drawn, and what becomes of it: parameters, prompts files, file names, PNGs, batches."""

@@ -1,0 +1,146 @@
+"""Which model draws, and what makes it fast: one choice for the command, the service and Modal.
+
+torch is imported by what needs it, when it is called: the choice is made, and wrong ones refused, without it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sd.pictures.parameters import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sd.pipeline import StableDiffusion
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_model_options(add: Callable[..., object]) -> None:
+    """The options of a `ModelChoice` that say which model; add: the `add_argument` of a parser or a group."""
+    add("--ckpt", type=Path, metavar="FILE", help=".safetensors or .ckpt ($SD_CKPT, then those in data/)")
+    add("--ema", action="store_true", help="use the averaged weights of a file that holds both")
+    add("--device", help="cuda, mps or cpu (the best there is)")
+    add("--dtype", choices=DTYPES, help="(float16 on CUDA, else float32)")
+    add("--load-quantized", type=Path, metavar="FILE", help="weights that --save-quantized wrote")
+
+
+def add_speed_options(add: Callable[..., object]) -> None:
+    """Those that say how fast."""
+    add(
+        "--opt",
+        metavar="NAMES",
+        help="optimizations, comma-separated; --list-opts names them, none is the plain model (default: what suits "
+        "the model and the machine)",
+    )
+    add(
+        "--attention",
+        metavar="BACKEND",
+        help="naive, auto, flash, efficient, cudnn or math: attention=BACKEND beside --opt",
+    )
+    add("--memory-budget", metavar="GB", help="on CPUs, in fp32: about what SD 1.5 may take at 512x512, or low: 5 (8)")
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The weights, where and in which dtype they run, and the optimizations. None: what suits.
+
+    opt: names for `optimizations.apply`; None is "default", "" the plain model. attention: one more of these names.
+    """
+
+    ckpt: Path | None = None
+    ema: bool = False
+    device: str | None = None
+    dtype: str | None = None
+    load_quantized: Path | None = None
+    opt: str | None = None
+    attention: str | None = None
+    memory_budget: str | None = None
+
+    def checkpoint(self, recorded: Mapping[str, object] | None = None) -> Path:
+        """The weights' file; where none is chosen, the one that a picture was drawn with, by what its PNG says.
+
+        Raises FileNotFoundError or ProvenanceError, which say what to do.
+        """
+        from sd.pictures.provenance import checkpoint_again
+        from sd.pipeline import DATA, find_checkpoint
+
+        if self.ckpt or not (recorded and recorded.get("checkpoint_hash")):
+            return self.ckpt or find_checkpoint()
+        name = Path(str(recorded.get("checkpoint"))).name
+        return checkpoint_again(name, recorded["checkpoint_hash"], (find_checkpoint(), DATA / name))
+
+    def load(self, checkpoint: Path) -> "StableDiffusion":
+        """The pipeline as it will draw: loaded, and optimized. Raises UserError, ValueError or OSError."""
+        pipe = self.load_plain(checkpoint)
+        self.optimize(pipe)
+        return pipe
+
+    def load_plain(self, checkpoint: Path) -> "StableDiffusion":
+        """The same without optimizations, but for weights that are loaded quantized."""
+        import torch
+
+        from sd.pipeline import StableDiffusion
+
+        device = check_device(self.device)
+        pipe = StableDiffusion.load(checkpoint, device, self.dtype and getattr(torch, self.dtype), ema=self.ema)
+        if self.load_quantized:
+            from sd.quantize import load_quantized
+
+            load_quantized(pipe, self.load_quantized)
+        return pipe
+
+    def optimize(self, pipe: "StableDiffusion") -> None:
+        """Apply what is chosen. Raises OptimizationError for what cannot run here."""
+        from sd import optimizations
+
+        optimizations.apply(pipe, self.names(), memory_budget=self.memory_budget)
+
+    def names(self) -> str:
+        """The optimizations, as `optimizations.apply` takes them."""
+        names = ["default" if self.opt is None else self.opt, self.attention and f"attention={self.attention}"]
+        return ",".join(filter(None, names))
+
+    def facts(self, pipe: "StableDiffusion", checkpoint: Path) -> dict[str, object]:
+        """What a picture's PNG says of the model and the machine; --from-png reads it."""
+        from sd.pictures.provenance import fingerprint
+
+        running = facts_of(pipe)
+        known = {
+            "model": running.pop("model"),
+            "checkpoint": checkpoint.name,
+            "checkpoint_hash": fingerprint(checkpoint),
+            "ema": self.ema,
+            "quantized": self.load_quantized and self.load_quantized.name,
+            **running,
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
+
+def facts_of(pipe: "StableDiffusion") -> dict[str, object]:
+    """What a pipeline tells of itself. opt: what was applied, whatever was asked for."""
+    import torch
+
+    return {
+        "model": pipe.config.name,
+        "opt": ",".join(getattr(pipe, "optimizations", [])),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": str(pipe.device),
+        "torch": torch.__version__,
+    }
+
+
+def check_device(name: str | None) -> "torch.device | None":
+    """None for the default, else a torch.device that is really there."""
+    import torch
+
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    return device

@@ -1,0 +1,222 @@
+"""The parameters of a picture: each stands here once, with its default, its check and its help.
+
+Command line, prompts files, PNGs and --from-png, service, page and Modal read PARAMETERS when they need it. A new
+parameter is one line of it, and an argument of that name of `StableDiffusion.generate`, which uses it.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NoReturn
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can put right: printed in one line, exit code 2."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Raises UserError for a wrong option, in place of printing the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all options)")
+
+
+# ---- what a value must be: check(name, value) -> the value, or ValueError that says what the parameter takes
+
+
+@dataclass(frozen=True)
+class Text:
+    kind: ClassVar[type] = str
+    metavar: ClassVar[str] = "TEXT"
+
+    def __call__(self, name: str, value: object) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be text, not {shown(value)}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} holds characters that are not Unicode text") from None
+        return value
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number from low to high, both included; high_text says high where its digits would not."""
+
+    low: int
+    high: int
+    high_text: str = ""
+    kind: ClassVar[type] = int
+    metavar: ClassVar[str] = "N"
+
+    def __call__(self, name: str, value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
+            raise ValueError(f"{name} must be from {self.low} to {self.high_text or self.high}, not {shown(value)}")
+        return value
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number from low to high, both included, or over low."""
+
+    low: float
+    high: float
+    over: bool = False
+    kind: ClassVar[type] = float
+    metavar: ClassVar[str] = "X"
+
+    def __call__(self, name: str, value: object) -> float:
+        # Whole numbers of JSON have any length: those that are no float at all are finite, and compared as they are.
+        if not isinstance(value, int | float) or isinstance(value, bool) or value != value or value in (INF, -INF):
+            raise ValueError(f"{name} must be a finite number, not {shown(value)}")
+        if not self.low <= value <= self.high or (self.over and value == self.low):
+            span = f"over {self.low} and at most {self.high}" if self.over else f"from {self.low} to {self.high}"
+            raise ValueError(f"{name} must be {span}, not {shown(value)}")
+        return float(value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    options: tuple[str, ...]
+    kind: ClassVar[type] = str
+    metavar: ClassVar[None] = None
+
+    def __call__(self, name: str, value: object) -> str:
+        if value not in self.options:
+            raise ValueError(f"no {name} {shown(value)}; there are {', '.join(self.options)}")
+        return value
+
+
+INF = math.inf
+Check = Text | Whole | Number | Choice
+
+
+def shown(value: object) -> str:
+    """The value for an error's one line, cut off where it is long."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+# ---- the table
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a picture.
+
+    default: None is for `generate` to choose.
+    help: may name {default}, and {low} and {high} of the check.
+    limit: the field of the service's Limits that holds the most it takes: a number, or the length of a text.
+    label: what the service's page calls it, if not by its name.
+    metavar: in --help, if not the one of its kind.
+    flag: it is an option of the command line; the prompt is one of another kind.
+    own: pictures of one batch may differ in it.
+    recorded: a picture's PNG says it. What does not say how one picture looks, is not.
+    file: it names a file of this machine; the service takes the file's bytes.
+    beside: another parameter, without which this one says nothing.
+    """
+
+    name: str
+    check: Check
+    help: str
+    default: object = None
+    limit: str | None = None
+    label: str | None = None
+    metavar: str | None = None
+    flag: bool = True
+    own: bool = False
+    recorded: bool = True
+    file: bool = False
+    beside: str | None = None
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def portable(self) -> bool:
+        """Whether it says the same on another machine, where this one's files are not."""
+        return not (self.file or (self.beside is not None and PARAMETERS[self.beside].file))
+
+    def described(self) -> str:
+        """`help` with the numbers put in."""
+        low, high = (getattr(self.check, bound, None) for bound in ("low", "high"))
+        return self.help.format(default=self.default, low=low, high=high)
+
+
+SAMPLERS = ("ddpm", "ddim")
+_ROWS = (
+    Parameter("prompt", Text(), "what to draw", limit="max_prompt", flag=False, own=True),
+    Parameter("negative_prompt", Text(), "what the picture should not show", "", limit="max_prompt", own=True),
+    Parameter("steps", Whole(1, 1000), "denoising steps, {low} to {high} ({default})", 50, limit="max_steps"),
+    Parameter(
+        "cfg_scale", Number(-1000, 1000), "guidance ({default}); 1 turns it off, twice as fast", 7.5, label="Guidance"
+    ),
+    Parameter(
+        "seed",
+        Whole(0, 2**63 - 1, "2**63 - 1"),
+        "the first picture's, counting up (drawn at random; prompts file: 0)",
+        own=True,
+    ),
+    Parameter("height", Whole(1, 2**16), "(the model's own: 512 for SD 1.5)", limit="max_side", metavar="PIXELS"),
+    Parameter("width", Whole(1, 2**16), "(the model's own)", limit="max_side", metavar="PIXELS"),
+    Parameter("sampler", Choice(SAMPLERS), "how to denoise ({default})", "ddpm"),
+    Parameter("init_image", Text(), "start from this picture instead of noise", metavar="FILE", file=True),
+    Parameter(
+        "strength",
+        Number(0, 1, over=True),
+        "share of --init-image redrawn, {low} to {high} ({default})",
+        0.8,
+        beside="init_image",
+    ),
+    Parameter(
+        "num_images",
+        Whole(1, 10**6),
+        "pictures of each prompt ({default})",
+        1,
+        limit="max_num_images",
+        label="Pictures",
+        recorded=False,
+    ),
+)
+PARAMETERS: dict[str, Parameter] = {row.name: row for row in _ROWS}
+"""By name, in the order in which they are listed."""
+
+
+def defaults() -> dict[str, object]:
+    return {name: parameter.default for name, parameter in PARAMETERS.items()}
+
+
+def recorded() -> list[Parameter]:
+    """Those that say how one picture looks."""
+    return [parameter for parameter in PARAMETERS.values() if parameter.recorded]
+
+
+def flags() -> list[Parameter]:
+    """Those that are options of the command line."""
+    return [parameter for parameter in PARAMETERS.values() if parameter.flag]
+
+
+def add_options(add: Callable[..., object]) -> None:
+    """An option for each; add: the `add_argument` of a parser or a group. What is not given is None."""
+    for parameter in flags():
+        check = parameter.check
+        options = {"choices": check.options} if isinstance(check, Choice) else {"type": check.kind}
+        metavar = parameter.metavar or check.metavar
+        add(parameter.option, metavar=metavar, help=parameter.described().replace("%", "%%"), **options)
+
+
+def check_parameter(name: str, value: object) -> object:
+    """The value, as the type that this parameter has. Raises ValueError, naming the parameter and what it takes."""
+    if name not in PARAMETERS:
+        raise ValueError(f"there is no parameter {name!r}; there are {', '.join(PARAMETERS)}")
+    return PARAMETERS[name].check(name, value)
+
+
+def checked(where: str, values: Mapping[str, object]) -> dict[str, object]:
+    """The parameters, checked; None means not given. Raises UserError that starts with where."""
+    try:
+        return {name: check_parameter(name, value) for name, value in values.items() if value is not None}
+    except ValueError as error:
+        raise UserError(f"{where}: {error}" if where else str(error)) from None

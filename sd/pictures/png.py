@@ -1,0 +1,40 @@
+"""PNG files that say how they were drawn: a text chunk a parameter, its value as JSON. Needs no torch."""
+
+import io
+import json
+import os
+from collections.abc import Mapping
+
+from PIL import Image, PngImagePlugin
+
+from sd.writing import write_whole
+
+
+def save_png(image: Image.Image, path: str | os.PathLike, parameters: Mapping[str, object]) -> None:
+    """Write `to_png` of the picture: the file appears whole or not at all. Raises OSError."""
+    write_whole(path, to_png(image, parameters))
+
+
+def to_png(image: Image.Image, parameters: Mapping[str, object]) -> bytes:
+    """A PNG file whose text chunks hold the parameters, one a chunk, each value as JSON."""
+    text = PngImagePlugin.PngInfo()
+    for key, value in parameters.items():
+        text.add_itxt(key, json.dumps(value, ensure_ascii=False))
+    data = io.BytesIO()
+    image.save(data, format="PNG", pnginfo=text)
+    return data.getvalue()
+
+
+def read_parameters(path: str | os.PathLike) -> dict[str, object]:
+    """The parameters that `save_png` wrote into a PNG. Raises OSError if it is no PNG, ValueError without any.
+
+    Only the head of the file is read: the pixels are not decoded.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            parameters = {key: json.loads(value) for key, value in image.info.items() if isinstance(value, str)}
+    except (SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
+        parameters = {}
+    if "prompt" not in parameters:
+        raise ValueError(f"{path} holds no parameters of a picture drawn by this program")
+    return parameters

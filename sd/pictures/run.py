@@ -1,0 +1,126 @@
+"""One run of the command line: what it is asked to draw, and the pictures that this comes to. No model, no torch."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from sd.pictures.files import left_to_draw, output_files
+from sd.pictures.model import DTYPES, ModelChoice
+from sd.pictures.parameters import UserError, checked, recorded
+from sd.pictures.plan import Entry, Picture, plan, read_prompts
+from sd.pictures.provenance import fingerprint, init_image_again
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run does.
+
+    parameters: those of the command line that hold for all pictures; what is None is not given.
+    place: where in a batch, and of how many, the one picture of --from-png was drawn.
+    """
+
+    prompt: Sequence[str] | None = None
+    prompts_file: Path | None = None
+    from_png: Path | None = None
+    parameters: Mapping[str, object] = field(default_factory=dict)
+    out: str = "output.png"
+    overwrite: bool = False
+    batch_size: int | None = None
+    save_quantized: Path | None = None
+    list_opts: bool = False
+    explain: bool = False
+    place: tuple[int, int] | None = None
+
+    @property
+    def random_seeds(self) -> bool:
+        return self.parameters.get("seed") is None and not self.prompts_file
+
+
+# ---- a picture again
+
+
+def recalled(run: Run, model: ModelChoice) -> tuple[Run, ModelChoice, dict[str, object]]:
+    """The run and the model with what they leave open filled from --from-png, and all that the picture says.
+
+    Raises UserError, OSError or ValueError.
+    """
+    from sd.pictures.png import read_parameters
+
+    said = read_parameters(run.from_png)
+    known = checked(str(run.from_png), {one.name: said.get(one.name) for one in recorded()})
+    if "prompt" not in known:
+        raise UserError(f"{run.from_png}: prompt is missing")
+    if said.get("quantized") and not model.load_quantized:
+        raise UserError(f"the picture was drawn with {said['quantized']}; name it with --load-quantized")
+    given = {name: value for name, value in run.parameters.items() if value is not None}
+    if "init_image" in known and "init_image" not in given:
+        folder = run.from_png.parent
+        known["init_image"] = init_image_again(known["init_image"], said.get("init_image_hash"), folder)
+    prompt = run.prompt or [known.pop("prompt")]
+    place = None if run.batch_size else _place_in_batch(said.get("batch"))
+    run = replace(run, prompt=prompt, parameters={**known, **given}, place=place)
+    return run, _recalled_model(model, said, run.from_png), said
+
+
+def _recalled_model(model: ModelChoice, said: Mapping[str, object], file: Path) -> ModelChoice:
+    names = [name for name in ("device", "dtype", "opt") if getattr(model, name) is None]
+    known = {name: said[name] for name in names if isinstance(said.get(name), str)}
+    if known.get("dtype") not in (None, *DTYPES):
+        raise UserError(f"{file}: there is no dtype {known['dtype']}")
+    return replace(model, **known, ema=model.ema or said.get("ema") is True)
+
+
+def _place_in_batch(said: object) -> tuple[int, int] | None:
+    """(place, size) as a picture says it, if that makes sense."""
+    match said:
+        case [int(place), int(size)] if 0 <= place < size <= 1024:
+            return place, size
+    return None
+
+
+# ---- the pictures
+
+
+def pictures_of(run: Run) -> list[Picture]:
+    """All the pictures of the run and their files. Raises UserError for all that is wrong without knowing the model."""
+    if run.batch_size is not None and run.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {run.batch_size}")
+    if bool(run.prompt) == bool(run.prompts_file):
+        if (run.save_quantized or run.explain) and not run.prompts_file:
+            return []
+        raise UserError("say what to draw: --prompt TEXT or --prompts-file FILE, one of them")
+    shared = checked("", run.parameters)
+    first_seed = shared.pop("seed", 0 if run.prompts_file else secrets.randbelow(2**32))
+    jobs = plan(_entries(run), shared, first_seed)
+    files = output_files(run.out, jobs, many=len(jobs) > 1 or run.prompts_file is not None)
+    return list(zip(jobs, files, strict=True))
+
+
+def _entries(run: Run) -> list[Entry]:
+    if run.prompts_file:
+        return read_prompts(run.prompts_file)
+    return [Entry("", checked("", {"prompt": prompt})) for prompt in run.prompt]
+
+
+def not_there_yet(pictures: list[Picture], run: Run, checkpoint: Path) -> list[Picture]:
+    """Of several pictures, those to draw on a second run. Raises UserError where another picture has the name."""
+    from sd.pictures.png import read_parameters
+
+    if run.overwrite or (len(pictures) == 1 and not run.prompts_file):
+        return pictures
+    same = {"checkpoint_hash": fingerprint(checkpoint)}
+    return left_to_draw(pictures, read_parameters, same, ignore=["seed"] if run.random_seeds else [])
+
+
+def check_init_images(pictures: Sequence[Picture]) -> None:
+    """That each is there and of a kind that can be read; the pixels are read when its turn comes. Raises UserError."""
+    if not (named := {job.init_image: job.where for job, _ in reversed(pictures) if job.init_image}):
+        return
+    from sd.images import check_readable
+
+    for name, where in named.items():
+        try:
+            check_readable(name)
+        except ValueError as error:
+            raise UserError(f"{where or '--init-image'}: {error}") from None

@@ -1,0 +1,1 @@
+"""The service over HTTP. Only app.py imports the web framework."""
