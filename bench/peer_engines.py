@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bench import common
 from bench.load import resident
+from bench.reference.numbers import noise
 from sd import cpu_kernels, optimize
 from sd.allocator import freed_memory_kept
 from sd.config import Config
@@ -174,8 +175,7 @@ def glimpse(pipe: StableDiffusion, size: int) -> Tensor:
     Its latents are noise of deviation sigma, over the variance-preserving ones here by 1 / sqrt(abar).
     """
     side, abar = size // pipe.config.vae.downsampling, alphas_cumprod()[FIRST_TIMESTEP]
-    noise = torch.randn(1, pipe.config.vae.z_channels, side, side, generator=torch.Generator().manual_seed(SEED))
-    x = noise * (1 - abar) ** 0.5
+    x = noise(1, pipe.config.vae.z_channels, side, side, seed=SEED) * (1 - abar) ** 0.5
     denoise = Guided(pipe.unet, pipe.encode_prompts([PROMPT], [""]), SCALE)
     x0 = predict_x0(x, denoise(x, torch.tensor(FIRST_TIMESTEP)), abar)
     return ((pipe.decode(x0)[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).round()
@@ -185,12 +185,10 @@ def glimpse(pipe: StableDiffusion, size: int) -> Tensor:
 
 
 def open_diffusers(task: Task, channels_last: bool = False, compiled: bool = False) -> Calls:
-    from bench.reference.oracles import ddim_scheduler
-    from bench.vs_diffusers import diffusers_pipeline
+    from bench.reference.oracles import ddim_scheduler, diffusers_pipeline
 
     ours = load(task)
-    theirs = diffusers_pipeline(ours)
-    theirs.scheduler = ddim_scheduler()
+    theirs = diffusers_pipeline(ours, ddim_scheduler())
     if channels_last:
         theirs.unet.to(memory_format=torch.channels_last)
         theirs.vae.to(memory_format=torch.channels_last)

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import common, peer_engines, peer_report
 from bench.common import Spread
-from bench.fidelity import relative_error
 from bench.peer_engines import Opened, Run, Task
+from bench.reference.numbers import relative_error
 from sd import optimize
 
 FIRST = ("ours", "diffusers", "diffusers-compiled", "openvino")

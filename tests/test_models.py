@@ -1,13 +1,14 @@
 """Every network against an independent implementation: small ones in float64, where 1e-10 leaves no room for a bug."""
 
+import functools
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from bench.reference import oracles
-from bench.reference.oracles import relative_error
+from bench.reference import numbers, oracles
+from bench.reference.numbers import relative_error
 from bench.reference.weights import random_models, tiny_config
 from sd.attention import attention, naive_attention
 from sd.clip import CLIP
@@ -16,6 +17,7 @@ from sd.unet import UNet, timestep_embedding
 from sd.vae import VAE
 
 TIGHT = 1e-10
+noise = functools.partial(numbers.noise, dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +29,6 @@ def small() -> tuple[Config, CLIP, UNet, VAE]:
 @pytest.fixture(scope="module")
 def oracle_unet(small):
     return oracles.diffusers_unet(small[2], small[0].unet)
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def tokens(config: Config, batch: int, seed: int = 0) -> torch.Tensor:

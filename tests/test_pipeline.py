@@ -5,13 +5,14 @@ import logging
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
-from transformers import CLIPTokenizer
 
 from bench.reference import oracles
+from bench.reference.numbers import noise, pixels
+from bench.reference.oracles import diffusers_pipeline
 from bench.reference.weights import random_models, tiny_config
-from sd.pipeline import DATA, StableDiffusion
+from sd.pipeline import StableDiffusion
 
 PROMPTS = ["a lighthouse in a storm", "two red apples"]
 NEGATIVE = "blurry"
@@ -25,25 +26,9 @@ def pipe() -> StableDiffusion:
     return StableDiffusion(SMALL, *random_models(SMALL, seed=3))
 
 
-def diffusers_pipeline(pipe: StableDiffusion, scheduler, kind=StableDiffusionPipeline):
-    vocabulary = {"vocab": str(DATA / "vocab.json"), "merges": str(DATA / "merges.txt")}
-    theirs = kind(
-        vae=oracles.diffusers_vae(pipe.vae, pipe.config.vae),
-        text_encoder=oracles.transformers_clip(pipe.clip, pipe.config.text),
-        tokenizer=CLIPTokenizer(**vocabulary, model_max_length=pipe.config.text.max_length),
-        unet=oracles.diffusers_unet(pipe.unet, pipe.config.unet),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    theirs.set_progress_bar_config(disable=True)
-    return theirs
-
-
 def differ(a: Image.Image, b: Image.Image) -> int:
     """The largest difference of any byte."""
-    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
+    return int(np.abs(pixels(a) - pixels(b)).max())
 
 
 def detailed(image: Image.Image) -> bool:
@@ -73,7 +58,7 @@ def test_fifty_steps_against_diffusers(pipe, sampler, scheduler, cfg_scale):
 
 
 def test_given_latents_against_diffusers(pipe):
-    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    latents = noise(1, 4, 4, 4)
     before = latents.clone()
     ours = pipe.generate(PROMPTS[0], steps=10, seed=5, height=32, width=32, latents=latents)
     theirs = diffusers_pipeline(pipe, oracles.ddpm_scheduler())(

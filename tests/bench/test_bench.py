@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from bench import common, fidelity, ladder, report, roofline, rungs, speed
 from bench.compilation import Counts
+from bench.reference.numbers import psnr
 from bench.reference.weights import tiny_config
 from sd import optimize
 from sd.config import SD15
@@ -37,8 +38,8 @@ def pictures(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_psnr():
     black, gray = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 16, np.uint8)
-    assert fidelity.psnr(black, gray) == pytest.approx(20 * math.log10(255 / 16))
-    assert fidelity.psnr(gray, gray) == math.inf
+    assert psnr(black, gray) == pytest.approx(20 * math.log10(255 / 16))
+    assert psnr(gray, gray) == math.inf
 
 
 @pytest.mark.parametrize("seed", range(3))
