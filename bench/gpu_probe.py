@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bench import common
 from bench.reference.numbers import relative_error
 from bench.reference.weights import TINY
-from sd import optimize
+from sd import optimizations, optimize
 from sd.attention import BACKENDS, attention_modules, forced_attention, why_not
 from sd.config import SD15, Config
 from sd.pipeline import StableDiffusion
@@ -195,7 +195,7 @@ def outputs(pipe: StableDiffusion, probe: Probe, dtype: torch.dtype) -> tuple[li
 
 def build(probe: Probe, names: Sequence[str]) -> StableDiffusion:
     pipe = common.clone_pipeline(probe.plain)
-    optimize.apply(pipe, names)
+    optimizations.apply(pipe, names)
     return pipe
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bench import common
 from bench.load import resident
 from bench.reference.numbers import noise
-from sd import cpu_kernels, optimize
+from sd import cpu_kernels, optimizations
 from sd.allocator import freed_memory_kept
 from sd.config import Config
 from sd.ddpm import alphas_cumprod, predict_x0
@@ -139,8 +139,8 @@ def calls_of(functions: dict[str, Callable[[], Tensor]]) -> Calls:
 
 def open_ours(task: Task, opts: str = "none") -> Calls:
     pipe = StableDiffusion.load(task.checkpoint, device="cpu", dtype=torch.float32)  # mapped, as page-out wants it
-    optimize.apply(pipe, optimize.parse(opts, "cpu"))
-    if "keep-memory" in pipe.optimizations:  # lasts for a picture, and a step is inside of one
+    optimizations.apply(pipe, opts)
+    if "keep-memory" in getattr(pipe, "optimizations", []):  # lasts for a picture, and a step is inside of one
         pipe.inside = freed_memory_kept()  # held: it ends with its last reference
         pipe.inside.__enter__()
     given = inputs(pipe.config, task.size)
