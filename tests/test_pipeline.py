@@ -1,6 +1,8 @@
 """The whole way from prompt to picture against diffusers' pipelines, and what `generate` promises."""
 
+import copy
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from bench.reference import oracles
 from bench.reference.numbers import noise, pixels
 from bench.reference.oracles import diffusers_pipeline
 from bench.reference.weights import random_models, tiny_config
+from sd.images import to_pil
 from sd.pipeline import StableDiffusion
 
 PROMPTS = ["a lighthouse in a storm", "two red apples"]
@@ -162,8 +165,13 @@ def test_on_step_sees_every_step(pipe):
 
 
 def test_stage_times(pipe):
+    pipe.times.clear()
+    started = time.perf_counter()
     pipe.generate("x", steps=1)
-    assert {"text", "denoise", "decode"} <= set(pipe.times)
+    took = time.perf_counter() - started
+    assert set(pipe.times) == {"text", "denoise", "decode"}
+    assert all(seconds > 0 for seconds in pipe.times.values())
+    assert took / 2 < sum(pipe.times.values()) < took
 
 
 @pytest.mark.parametrize(
@@ -189,16 +197,20 @@ def test_values_out_of_range(pipe, arguments, message):
 
 def test_a_vae_that_overflows_is_run_again_in_fp32(pipe, caplog):
     half = StableDiffusion(SMALL, *random_models(SMALL, seed=3, dtype=torch.bfloat16))
-    good = half.generate("x", steps=1, seed=0)[0]
+    whole = copy.deepcopy(half.vae).float()
+    last = []
 
     def overflow(latents):
         return torch.full_like(latents, float("inf"))
 
     half.vae.decode = overflow
     with caplog.at_level(logging.WARNING):
-        again = half.generate("x", steps=1, seed=0)[0]
+        again = half.generate("x", steps=1, seed=0, on_step=lambda _step, _steps, x: last.append(x))[0]
     assert "fp32" in caplog.text
-    assert differ(good, again) < 24
+    with torch.no_grad():
+        expected = to_pil(whole.decode(last[0].float() / SMALL.vae.scale_factor))[0]
+    assert detailed(again)
+    assert differ(expected, again) <= 1
 
 
 def test_nan_in_fp32_is_an_error_not_a_black_picture():
