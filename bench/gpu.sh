@@ -123,7 +123,8 @@ mkdir -p "$out"
 finish() {
     [[ -e $out/parity.done ]] && exit "$1"
     echo "gpu.sh: NO PARITY WITH DIFFUSERS on this machine, or it was not seen: $out/parity.log" >&2
-    exit 1
+    [[ -e $out/parity.log ]] && exit 1
+    exit "$1"
 }
 
 worst=0

@@ -111,11 +111,11 @@ case "$*" in *--parity-only*) exit {code} ;; esac
 """
 
 
-def gpu_script(folder: Path, code: int, *parts: str) -> subprocess.CompletedProcess:
+def gpu_script(folder: Path, code: int, *parts: str, seconds: int = 1000) -> subprocess.CompletedProcess:
     python = folder / "python"
     python.write_text(PYTHON.format(code=code))
     python.chmod(0o755)
-    environment = {"PATH": "/usr/bin:/bin", "SMALL": "1", "PYTHON": str(python)}
+    environment = {"PATH": "/usr/bin:/bin", "SMALL": "1", "PYTHON": str(python), "SECONDS_LEFT": str(seconds)}
     command = ["bash", str(SCRIPT), str(folder / "out"), *parts]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -138,7 +138,14 @@ def test_no_parity_is_the_last_word(tmp_path):
         assert called(result) == ["bench/vs_diffusers.py", *rest]
         assert result.returncode == 1
         assert result.stderr.splitlines()[-1].startswith("gpu.sh: NO PARITY WITH DIFFUSERS")
+    assert gpu_script(tmp_path, 1, "roofline", seconds=0).returncode == 1
     assert gpu_script(tmp_path, 0, "ladder").returncode == 0
+
+
+def test_no_time_for_parity_is_said_as_well(tmp_path):
+    result = gpu_script(tmp_path, 0, "ladder", seconds=0)
+    assert (called(result), result.returncode) == ([], 75)
+    assert "it was not seen" in result.stderr
 
 
 def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
