@@ -24,10 +24,10 @@ SEED = 7
 SCALE = 7.5
 TIMESTEP = 481
 # Four times the largest that was measured on a CPU, or more (torch 2.13; a tiny random model over 50 steps, the demo
-# model over 20, SD 1.5's shapes over 10). Latents 1.4e-6 in fp32, 0.0041 in fp16, 0.031 in bf16; bytes of pictures,
-# some of which round the other way, 6.6e-5, 0.0033, 0.018. A step is equal to the bit there; its bounds are four times
-# what rounding did to the plain step on an H100, 0.0022 in fp16, and eight times that in bf16, which has 3 bits less.
-# Other noise made a picture differ by 0.57.
+# model over 20, SD 1.5's shapes over 10, in fp16 over 1). Latents 1.4e-6 in fp32, 0.0041 in fp16, 0.031 in bf16; bytes
+# of pictures, some of which round the other way, 6.6e-5, 0.0033, 0.018. A step is equal to the bit there; its bounds
+# are four times what rounding did to the plain step on an H100, 0.0022 in fp16, and eight times that in bf16, which has
+# 3 bits less. Other noise made a picture differ by 0.57.
 BOUNDS = {
     torch.float32: {"step": 1e-5, "latents": 1e-4, "picture": 1e-3},
     torch.float16: {"step": 0.009, "latents": 0.016, "picture": 0.013},
