@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import common
-from sd import optimize
+from sd import optimizations
 from sd.kernels import native
 from sd.kernels.allocator import freed_memory_kept
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--weights", default="random", metavar="FILE", help="(%(default)s)")
     args = parser.parse_args()
     pipe = common.load_pipeline(args.weights, torch.device("cpu"), torch.float32)
-    optimize.apply(pipe, optimize.parse(args.opts, "cpu"))
+    optimizations.apply(pipe, args.opts)
     if halves := getattr(pipe.unet, "halves", None):
         halves.alike = True  # as they are within a picture
     side = args.size // pipe.config.vae.downsampling

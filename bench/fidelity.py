@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.reference.numbers import psnr, relative_error
 from sd.pipeline import StableDiffusion
 
 # Sixteen things that the demo model and SD 1.5 both know.
@@ -135,18 +136,6 @@ def compare(drawing: Drawing, reference: Drawing) -> Fidelity:
         ssim=statistics.median(ssims),
         ssim_worst=min(ssims),
     )
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||, in double precision; NaN passes through."""
-    actual, expected = actual.double(), expected.double()
-    return ((actual - expected).norm() / expected.norm()).item()
-
-
-def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two byte pictures in decibels; infinite if they are equal."""
-    error = np.mean((picture.astype(np.float64) - reference.astype(np.float64)) ** 2)
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def ssim(picture: np.ndarray, reference: np.ndarray) -> float:

@@ -3,6 +3,8 @@
 #
 # Without parts, all of them, the most valuable first. Each takes at most 9 minutes; one that needs longer stops, and
 # goes on when called again. What is done is skipped. Results are small files in OUTDIR.
+# The first part is always parity: whether the pictures are diffusers' own at all (OUTDIR/parity.csv). If they are not, or
+# if that cannot be seen, the others are measured all the same, but the last line says so and the exit code is 1.
 # SECONDS_LEFT=N starts no part after N seconds. PYTHON names the interpreter, BENCH_COMMIT the commit where there is no
 # repository. SMALL=1 tries the script itself: tiny models on a CPU.
 # It needs torch, triton, numpy, pillow, tqdm, tokenizers and safetensors; diffusers with transformers, torchao, rich
@@ -10,17 +12,18 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PARTS=(check ladder compiled diffusers batch8 candidates fidelity quantized roofline approximate quantized-compiled
-    leave-one-out max-autotune)
+PARTS=(parity check ladder compiled diffusers batch8 candidates fidelity quantized roofline approximate
+    quantized-compiled leave-one-out max-autotune)
 [[ -x .venv/bin/python ]] && default=.venv/bin/python || default=python3
 PYTHON=${PYTHON:-$default}
 PART_SECONDS=${PART_SECONDS:-480}
 UNFINISHED=75
-tiny=() few_pairs=() few_rounds=() tiny_check=()
+tiny=() few_pairs=() few_rounds=() few_steps=() tiny_check=()
 if [[ ${SMALL:-} == 1 ]]; then
     tiny=(--device cpu --weights tiny --size 64)
     few_pairs=(--steps 3 --fidelity-steps 3 --pairs 1)
     few_rounds=(--steps 3 --rounds 1)
+    few_steps=(--steps 3)
     tiny_check=(--tiny --device cpu)
 fi
 
@@ -35,6 +38,14 @@ has() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(any(u.find_spec(
 py() { timeout --signal=INT $((budget + 55)) "$PYTHON" "$@"; }
 
 ladder() { py bench/ladder.py --out "$out" --budget "$budget" --pairs 7 "$@" "${tiny[@]}" "${few_pairs[@]}"; }
+
+parity() {
+    if ! has diffusers transformers; then
+        echo "parity cannot be seen: diffusers or transformers is not installed"
+        return 1
+    fi
+    py bench/vs_diffusers.py --parity-only --out "$out" --size 512 "${tiny[@]}" "${few_steps[@]}"
+}
 
 versus_diffusers() {
     if ! has diffusers transformers; then
@@ -54,6 +65,7 @@ rooflines() {
 
 run_part() {
     case $1 in
+        parity) parity ;;
         check) py -m bench.gpu_probe "$out" --budget "$budget" "${tiny_check[@]}" ;;
         ladder) ladder --name ladder --measure speed --opts exact ;;
         compiled) ladder --name compiled --measure speed --mode alone --base exact \
@@ -100,20 +112,29 @@ shift
 for part in "$@"; do
     [[ " ${PARTS[*]} " == *" $part "* ]] || usage
 done
+[[ " $* " == *" parity "* ]] || set -- parity "$@"
 if [[ ${SMALL:-} != 1 ]] && ! "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     echo "gpu.sh: PyTorch sees no CUDA device; SMALL=1 tries the script without one" >&2
     exit 2
 fi
 mkdir -p "$out"
 
+# The last word: nothing that was measured counts while parity is not there.
+finish() {
+    [[ -e $out/parity.done ]] && exit "$1"
+    echo "gpu.sh: NO PARITY WITH DIFFUSERS on this machine, or it was not seen: $out/parity.log" >&2
+    [[ -e $out/parity.log ]] && exit 1
+    exit "$1"
+}
+
 worst=0
 for part in "$@"; do
     left=$((${SECONDS_LEFT:-1000000} - SECONDS))
     if ((left < 20)); then
         echo "== $part: no time left"
-        exit $UNFINISHED
+        finish $UNFINISHED
     fi
     budget=$((left < PART_SECONDS ? left : PART_SECONDS))
     guarded "$part" || worst=$?
 done
-exit "$worst"
+finish "$worst"

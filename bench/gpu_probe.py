@@ -25,18 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import common
-from sd import optimize
+from bench.reference.numbers import relative_error
+from bench.reference.weights import TINY
+from sd import optimizations, optimize
 from sd.attention import BACKENDS, attention_modules, forced_attention, why_not
-from sd.config import SD15, Config, TextConfig, UNetConfig, VAEConfig
+from sd.config import SD15, Config
 from sd.pipeline import StableDiffusion
 
-TINY = Config(
-    text=TextConfig(width=64, layers=2, heads=1),
-    unet=UNetConfig(model_channels=32, context_dim=64, num_res_blocks=1),
-    vae=VAEConfig(ch=32, num_res_blocks=1),
-    image_size=64,
-    name="tiny",
-)
 PROMPT = "a lighthouse in a storm"
 TIMESTEPS = (981, 501, 1)
 GRAPH = ("cuda-graph", "async-noise")
@@ -162,10 +157,6 @@ def microseconds(call: Callable[[], object], device: torch.device, inner: int = 
     return 1e3 * milliseconds(graph.replay, device, repeats=9) / inner
 
 
-def relative_error(out: Tensor, reference: Tensor) -> float:
-    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()
-
-
 # ---- sections: whole models
 
 
@@ -204,7 +195,7 @@ def outputs(pipe: StableDiffusion, probe: Probe, dtype: torch.dtype) -> tuple[li
 
 def build(probe: Probe, names: Sequence[str]) -> StableDiffusion:
     pipe = common.clone_pipeline(probe.plain)
-    optimize.apply(pipe, names)
+    optimizations.apply(pipe, names)
     return pipe
 
 

@@ -3,6 +3,7 @@
     python bench/ladder.py --opts exact                       # one more optimization a row
     python bench/ladder.py --opts fast --mode leave-one-out   # all of them, then all but one
     python bench/ladder.py --base exact --opts int8-dynamic,float8 --mode alone
+    python bench/ladder.py --gains                            # no ladder: gains.json from bench/results
 
 Row 0 is attention spelled out, row 1 the plain pipeline; every row is timed in pairs with row 1, in the same process.
 Besides optimizations, --opts takes `steps=N` and `sampler=NAME`. Rows that stand in OUT are not measured again.
@@ -23,12 +24,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import common, fidelity, report, speed
+from bench import common, fidelity, gains, report, speed
 from bench.compilation import Watch
 from bench.fidelity import Drawing, Fidelity
 from bench.rungs import PLAIN, RERUN, Row, Settings, parse_names, rows_of
 from bench.speed import Bench, Speed
-from sd import optimize
+from sd.optimizations import OptimizationError
 from sd.pipeline import StableDiffusion, default_device, find_checkpoint
 
 UNFINISHED = 75
@@ -164,7 +165,7 @@ def attempt(measure: Callable, row: Row) -> tuple:
     try:
         return measure(row), ""
     except Exception as error:
-        if not isinstance(error, optimize.OptimizationError):
+        if not isinstance(error, OptimizationError):
             traceback.print_exc()
         reason = next(iter(f"{type(error).__name__}: {error}".splitlines()))
         log.warning("row %r: %s", row.key, reason)
@@ -199,6 +200,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sampler", default="ddpm", help="(%(default)s)")
     parser.add_argument("--pairs", type=int, default=10, metavar="N", help="pictures timed a row (%(default)s)")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no row after this")
+    parser.add_argument("--gains", action="store_true", help="measure nothing: write gains.json from bench/results")
+    parser.add_argument("--update-gains", action="store_true", help="put what is measured into gains.json")
     return parser.parse_args(argv)
 
 
@@ -248,15 +251,21 @@ def run(ladder: Ladder, rows: Sequence[Row], what: Sequence[str], name: str = "l
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     args = parse_arguments(argv)
+    if args.gains:
+        gains.write(gains.recorded())
+        return 0
     settings = settings_of(args)
     try:
         base, names, without = (parse_names(text, settings.device) for text in (args.base, args.opts, args.without))
-    except optimize.OptimizationError as error:
+    except OptimizationError as error:
         print(f"ladder.py: {error}", file=sys.stderr)
         return 2
     base, names = ([name for name in given if name not in without] for given in (base, names))
     ladder, rows = Ladder(args.out, settings, args.budget), rows_of(base, names, args.mode)
-    return run(ladder, rows, args.measure.split(","), args.name)
+    code = run(ladder, rows, args.measure.split(","), args.name)
+    if args.update_gains:
+        gains.write(gains.update(gains.read(), gains.of_ladder(args.out / "speed.csv")))
+    return code
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from bench import common
 from bench.load import resident
-from sd import optimize
+from bench.reference.numbers import noise
+from sd import optimizations
 from sd.config import Config
 from sd.ddpm import alphas_cumprod, predict_x0
 from sd.guidance import Guided
@@ -139,8 +140,8 @@ def calls_of(functions: dict[str, Callable[[], Tensor]]) -> Calls:
 
 def open_ours(task: Task, opts: str = "none") -> Calls:
     pipe = StableDiffusion.load(task.checkpoint, device="cpu", dtype=torch.float32)  # mapped, as page-out wants it
-    optimize.apply(pipe, optimize.parse(opts, "cpu"))
-    if "keep-memory" in pipe.optimizations:  # lasts for a picture, and a step is inside of one
+    optimizations.apply(pipe, opts)
+    if "keep-memory" in getattr(pipe, "optimizations", []):  # lasts for a picture, and a step is inside of one
         pipe.inside = freed_memory_kept()  # held: it ends with its last reference
         pipe.inside.__enter__()
     given = inputs(pipe.config, task.size)
@@ -176,8 +177,7 @@ def glimpse(pipe: StableDiffusion, size: int) -> Tensor:
     Its latents are noise of deviation sigma, over the variance-preserving ones here by 1 / sqrt(abar).
     """
     side, abar = size // pipe.config.vae.downsampling, alphas_cumprod()[FIRST_TIMESTEP]
-    noise = torch.randn(1, pipe.config.vae.z_channels, side, side, generator=torch.Generator().manual_seed(SEED))
-    x = noise * (1 - abar) ** 0.5
+    x = noise(1, pipe.config.vae.z_channels, side, side, seed=SEED) * (1 - abar) ** 0.5
     denoise = Guided(pipe.unet, pipe.encode_prompts([PROMPT], [""]), SCALE)
     x0 = predict_x0(x, denoise(x, torch.tensor(FIRST_TIMESTEP)), abar)
     return ((pipe.decode(x0)[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).round()
@@ -187,12 +187,10 @@ def glimpse(pipe: StableDiffusion, size: int) -> Tensor:
 
 
 def open_diffusers(task: Task, channels_last: bool = False, compiled: bool = False) -> Calls:
-    from bench.reference.oracles import ddim_scheduler
-    from bench.vs_diffusers import diffusers_pipeline
+    from bench.reference.oracles import ddim_scheduler, diffusers_pipeline
 
     ours = load(task)
-    theirs = diffusers_pipeline(ours)
-    theirs.scheduler = ddim_scheduler()
+    theirs = diffusers_pipeline(ours, ddim_scheduler())
     if channels_last:
         theirs.unet.to(memory_format=torch.channels_last)
         theirs.vae.to(memory_format=torch.channels_last)

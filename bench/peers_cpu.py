@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import common, peer_engines, peer_report
 from bench.common import Spread
-from bench.fidelity import relative_error
 from bench.peer_engines import Opened, Run, Task
-from sd import optimize
+from bench.reference.numbers import relative_error
+from sd import optimizations
 
 FIRST = ("ours", "diffusers", "diffusers-compiled", "openvino")
 REST = ("sdcpp-f16", "ours-pytorch", "diffusers-cl", "plain", "sdcpp-q8_0", "sdcpp-f32")
@@ -337,10 +337,6 @@ def results(peers: Peers, groups: Sequence[Group]) -> list[dict[str, str]]:
     return rows
 
 
-def default_opts() -> str:
-    return "cpu" if "cpu" in optimize.PRESETS else "exact"
-
-
 def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
@@ -352,7 +348,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     names = ", ".join(("ours", *peer_engines.ENGINES))
     parser.add_argument("--engines", type=words, metavar="A,B", help=f"of {names} (all)")
-    parser.add_argument("--opts", action="append", metavar="A,B", help=f"of `ours`; may be repeated ({default_opts()})")
+    parser.add_argument("--opts", action="append", metavar="A,B", help="of `ours`; may be repeated (cpu)")
     parser.add_argument("--baseline", default="diffusers", metavar="A", help="an engine, or ours:OPTS (%(default)s)")
     parser.add_argument("--sizes", type=lambda text: [int(size) for size in words(text)], default=[512, 256])
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each pair (%(default)s)")
@@ -371,9 +367,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for an engine or an optimization that is unknown, and for a baseline that is not installed."""
-    args.opts = args.opts or [default_opts()]
+    args.opts = args.opts or ["cpu"]
     for opts in args.opts:
-        optimize.parse(opts, "cpu")
+        optimizations.check(opts)
     for name in (*(name for name in args.engines or () if name != "ours"), args.baseline):
         engine = peer_engines.find(name)
     if not engine.installed:

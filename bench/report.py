@@ -1,13 +1,24 @@
-"""The ladder as a table on the terminal and as one plot of speed against fidelity."""
+"""The ladder as a table on the terminal and as one plot of speed against fidelity; and the tables of the documents.
 
+python bench/report.py           # the tables in README.md and bench/README.md, from bench/results
+python bench/report.py --write   # into them, between their markers
+"""
+
+import argparse
 import importlib.util
+import json
 import logging
 import math
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.common import print_table
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.common import ROOT, print_table, read_csv
 from bench.rungs import RERUN
+from sd.writing import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -93,3 +104,156 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
             kept.append((speed, error))
             best = error
     return kept[::-1]
+
+
+# ---- the tables of the documents, from bench/results
+
+RESULTS = ROOT / "bench" / "results"
+DOCUMENTS = ("README.md", "bench/README.md")
+CPU_LABELS = {
+    "naive": "attention spelled out",
+    "sdpa": "plain: SDPA",
+    "+ winograd": "+ Winograd's convolutions",
+    "+ cpu-linear": "+ linear layers, GEGLU in one",
+    "+ cpu-attention": "+ attention",
+    "+ cpu-norm": "+ norms with SiLU, sums within convolutions",
+    "+ kv-cache": "+ the text's keys and values once a prompt",
+    "+ keep-memory": "+ freed memory kept",
+    "+ shared-halves": "+ what both halves of guidance share, once",
+}
+APPROXIMATE_LABELS = {
+    ("alone", "+ int8-weights"): "plain, int8 weights",
+    ("alone", "+ int8-static"): "plain, static int8 (weights and activations)",
+    ("on-cpu", "+ int8-weights"): "all of the above, int8 weights",
+}
+H100_LABELS = {
+    "plain": "plain: SDPA, fp16, eager (bound by the host's CPU)",
+    "graph": "+ CUDA graphs of UNet, VAE and text encoder",
+    "graph, channels-last": "+ channels-last",
+    "+ cudnn-benchmark": "+ cuDNN's fastest algorithm by trial",
+    "+ pointwise-linear": "+ 1x1 convolutions as matrix products",
+    "+ caches": "+ packed q/k/v, text keys once a prompt, timestep table",
+    "+ fused-norm": "+ GroupNorm, SiLU, bias and timestep in one Triton kernel",
+    "+ fused-layernorm": "+ residual and LayerNorm in one",
+    "+ fused-geglu": "+ GEGLU in one",
+}
+PEER_LABELS = {
+    "diffusers": "diffusers 0.42.1, eager",
+    "diffusers-compiled": "the same, channels-last, compiled, frozen",
+    "openvino": "OpenVINO 2026.4.1, f32",
+    "sdcpp-f16": "stable-diffusion.cpp, f16",
+    "sdcpp-q8_0": "stable-diffusion.cpp, q8_0",
+    "ours-pytorch": "ours, `--opt cpu`, without a C++ compiler",
+    "ours:cpu": "ours, `--opt cpu`",
+}
+PEER_COLUMNS = (("step", 512), ("decode", 512), ("step", 256), ("decode", 256))
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["|".join(f" {cell} " if cell else " " for cell in cells) for cells in (columns, *rows)]
+    lines.insert(1, "|".join(["---"] * len(columns)))
+    return "\n".join(f"|{line}|" for line in lines)
+
+
+def cpu_ladder(results: Path = RESULTS) -> str:
+    """The cumulative rows, and the approximate ones with every fidelity that was measured of them, the latest first."""
+    folder = results / "cpu2" / "ladder"
+    looks = read_csv(folder / "fidelity.csv")[::-1]
+    rows = [(CPU_LABELS[line["row"]], line) for line in read_csv(folder / "ladder.csv")]
+    for (name, row), label in APPROXIMATE_LABELS.items():
+        rows += [(label, line) for line in read_csv(folder / f"{name}.csv") if line["row"] == row]
+    columns = ("", "step", "picture", "beside the plain one", "peak", "error")
+    return markdown(
+        columns, [_cpu_row(label, line, [x for x in looks if x["opts"] == line["opts"]]) for label, line in rows]
+    )
+
+
+def _cpu_row(label: str, line: Result, looks: Sequence[Result]) -> tuple[str, ...]:
+    ratio, low, high = (float(line[column]) for column in ("speedup", "speedup_q1", "speedup_q3"))
+    noise = ", against itself: the noise" if line["row"] == "sdpa" else ""
+    return (
+        label,
+        f"{float(line['step_s']):.2f} s",
+        f"{float(line['picture_s']):.1f} s",
+        f"{ratio:.2f}x [{low:.2f}, {high:.2f}]{noise}",
+        f"{float(line['peak_gib']):.1f} GiB",
+        "; ".join(_power(float(x["error_last"])) + _decibels(x) for x in looks),
+    )
+
+
+def _decibels(look: Result) -> str:
+    return "" if look["exact"] == "1" else f", {float(look['psnr_db']):.0f} dB"
+
+
+def _power(value: float) -> str:
+    """One digit: 1.3e-05 -> 1e-5."""
+    digit, _, exponent = f"{value:.0e}".partition("e")
+    return f"{digit}e{int(exponent)}" if value else "0"
+
+
+def h100_ladder(results: Path = RESULTS) -> str:
+    """The probe's ladder: pictures of the DDPM sampler, and the UNet's error over that of plain fp16."""
+    probe = json.loads((results / "h100" / "probe" / "probe.json").read_text())
+    pictures = {line["label"]: line["picture_s"] for line in probe["pictures"] if line["sampler"] == "ddpm"}
+    rows = [
+        (
+            H100_LABELS[line["label"]],
+            f"{pictures[line['label']]:.3f} s",
+            f"{line['step_ms']:#.3g} ms",
+            f"{line['decode_ms']:#.3g} ms",
+            f"{line['unet_ratio']:.2f}",
+        )
+        for line in probe["ladder"]
+        if line["label"] in H100_LABELS
+    ]
+    return markdown(("", "picture", "UNet step", "VAE decode", "error"), rows)
+
+
+def cpu_peers(results: Path = RESULTS) -> str:
+    """The latest row of each engine, and from where to where diffusers' own times went beside them."""
+    lines = [line for line in read_csv(results / "cpu2" / "peers_cpu.csv") if not line["error"]]
+    latest = {(line["engine"], line["part"], int(line["size"])): line for line in lines}
+    own: dict[tuple[str, int], list[float]] = {}
+    for line in latest.values():
+        own.setdefault((line["part"], int(line["size"])), []).append(float(line["baseline_s"]))
+    rows = [
+        (label, *(_peer(latest.get((engine, *column)), own[column]) for column in PEER_COLUMNS))
+        for engine, label in PEER_LABELS.items()
+    ]
+    names = {"step": "guided step", "decode": "VAE decode"}
+    return markdown(("", *(f"{names[part]}, {size}x{size}" for part, size in PEER_COLUMNS)), rows)
+
+
+def _peer(line: Result | None, own: Sequence[float]) -> str:
+    if line is None:
+        return ""
+    if line["engine"] == line["baseline"]:
+        return f"{min(own):#.3g} to {max(own):#.3g} s"
+    return f"{float(line['median_s']):#.3g} s ({float(line['speedup']):.2f}x)"
+
+
+TABLES = {"h100-ladder": h100_ladder, "cpu-ladder": cpu_ladder, "cpu-peers": cpu_peers}
+
+
+def between_markers(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The tables of README.md and bench/README.md, from bench/results.")
+    parser.add_argument("--write", action="store_true", help="into the documents, between their markers")
+    args = parser.parse_args(argv)
+    tables = {name: build() for name, build in TABLES.items()}
+    if not args.write:
+        print("\n\n".join(f"{name}\n\n{table}" for name, table in tables.items()))
+        return 0
+    for path in (ROOT / document for document in DOCUMENTS):
+        text = path.read_text()
+        for name, table in tables.items():
+            text = between_markers(name).sub(lambda found, table=table: found[1] + table + found[2], text)
+        write_whole(path, text.encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import common
-from bench.fidelity import relative_error
+from bench.reference.numbers import relative_error
 from sd import quantize
 from sd.config import Config
 from sd.ddpm import spaced_timesteps

@@ -10,7 +10,7 @@ from bench import common, fidelity
 from bench.common import MemoryMeter, Spread
 from bench.compilation import Counts, Watch
 from bench.rungs import PLAIN, Row, Settings
-from sd import optimize
+from sd import optimizations
 from sd.pipeline import StableDiffusion
 
 
@@ -77,7 +77,7 @@ class Bench:
 def optimized(plain: StableDiffusion, row: Row) -> StableDiffusion:
     """The row's pipeline, over the plain one's weights. Raises what the optimizations raise."""
     pipe = common.clone_pipeline(plain)
-    optimize.apply(pipe, row.optimizations)
+    optimizations.apply(pipe, row.optimizations)
     return pipe
 
 

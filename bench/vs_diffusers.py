@@ -3,8 +3,9 @@
     python bench/vs_diffusers.py --size 256              # one guided step of the plain UNet, both eager
     python bench/vs_diffusers.py --pipeline --opts exact --compiled   # whole pictures, diffusers compiled as well
 
-Ratios are each contestant's time over the plain one's here, taken round by round: above 1, this one is faster. In half
-precision diffusers draws its noise in that dtype, so it draws other pictures: compare their errors in fp32 only.
+First the two are compared, and what differs by more than rounding is not timed (exit code 1): bench/parity.py.
+`--parity-only` does that in every dtype, and times nothing. Ratios are each contestant's time over the plain one's
+here, taken round by round: above 1, this one is faster.
 """
 
 import argparse
@@ -15,23 +16,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import common, speed
+from bench import common, parity, speed
 from bench.common import Spread
-from bench.fidelity import relative_error
+from bench.parity import Drawn
+from bench.reference.numbers import relative_error
 from bench.rungs import Row, parse_names
-from sd import optimize
+from sd.optimizations import OptimizationError
 from sd.pipeline import StableDiffusion, default_device
 
 log = logging.getLogger("vs_diffusers")
-
-PROMPT = "a lighthouse in a storm"
-SEED = 7
 
 
 @dataclass
@@ -53,24 +51,16 @@ class Contestant:
 def step_contestants(pipe: StableDiffusion, args: argparse.Namespace) -> list[Contestant]:
     from bench.reference.oracles import diffusers_unet
 
-    config, side = pipe.config, args.size // pipe.config.vae.downsampling
-    random = functools.partial(torch.randn, device=pipe.device, dtype=pipe.dtype)
-    x = random(2 * args.batch, config.unet.in_channels, side, side)
-    context = random(2 * args.batch, config.text.max_length, config.unet.context_dim)
-    t = torch.tensor(481, device=pipe.device)
-
-    def their_step(unet) -> Tensor:
-        return unet(x, t, encoder_hidden_states=context, return_dict=False)[0]
-
+    inputs = parity.step_inputs(pipe, args.size, args.batch)
+    theirs = diffusers_unet(pipe.unet, pipe.config.unet)
     contestants = [
-        Contestant("ours, plain", lambda: pipe.unet(x, t, context)),
-        Contestant("diffusers, eager", functools.partial(their_step, diffusers_unet(pipe.unet, config.unet))),
+        Contestant("ours, plain", functools.partial(pipe.unet, *inputs)),
+        Contestant("diffusers, eager", functools.partial(parity.their_step, theirs, *inputs)),
     ]
     if args.compiled:
-        unet = diffusers_unet(pipe.unet, config.unet).to(memory_format=torch.channels_last)
-        contestants.append(
-            Contestant(f"diffusers, {compiled_name(args)}", functools.partial(their_step, compiled(unet, args)))
-        )
+        unet = diffusers_unet(pipe.unet, pipe.config.unet).to(memory_format=torch.channels_last)
+        call = functools.partial(parity.their_step, compiled(unet, args), *inputs)
+        contestants.append(Contestant(f"diffusers, {compiled_name(args)}", call))
     return contestants
 
 
@@ -86,66 +76,26 @@ def compiled(model: Callable, args: argparse.Namespace) -> Callable:
 
 
 def picture_contestants(pipe: StableDiffusion, args: argparse.Namespace) -> list[Contestant]:
+    from bench.reference.oracles import ddim_scheduler, diffusers_pipeline
+
+    drawn = Drawn(args.size, args.steps, args.batch)
+    theirs = diffusers_pipeline(pipe, ddim_scheduler())
     contestants = [
-        Contestant("ours, plain", functools.partial(our_picture, pipe, args)),
-        Contestant("diffusers, eager", functools.partial(their_picture, pipe, diffusers_pipeline(pipe), args)),
+        Contestant("ours, plain", functools.partial(parity.our_picture, pipe, drawn)),
+        Contestant("diffusers, eager", functools.partial(parity.their_picture, theirs, pipe.config, drawn)),
     ]
     if args.opts != "none":
         row = Row(args.opts, tuple(parse_names(args.opts, pipe.device)))
         fast = speed.optimized(pipe, row)
-        contestants.append(Contestant(f"ours, {args.opts}", functools.partial(our_picture, fast, args)))
+        contestants.append(Contestant(f"ours, {args.opts}", functools.partial(parity.our_picture, fast, drawn)))
     if args.compiled:
-        theirs = diffusers_pipeline(pipe)
+        theirs = diffusers_pipeline(pipe, ddim_scheduler())
         theirs.unet = compiled(theirs.unet.to(memory_format=torch.channels_last), args)
         theirs.vae.to(memory_format=torch.channels_last)
         theirs.vae.decode = compiled(theirs.vae.decode, args)
-        call = functools.partial(their_picture, pipe, theirs, args)
+        call = functools.partial(parity.their_picture, theirs, pipe.config, drawn)
         contestants.append(Contestant(f"diffusers, {compiled_name(args)}", call))
     return contestants
-
-
-def our_picture(pipe: StableDiffusion, args: argparse.Namespace) -> Tensor:
-    options = {"steps": args.steps, "height": args.size, "width": args.size}
-    images = pipe.generate([PROMPT] * args.batch, seed=list(range(SEED, SEED + args.batch)), **options)
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).float()
-
-
-def diffusers_pipeline(pipe: StableDiffusion):
-    """diffusers' pipeline over the same weights, with the sampler that is ours by default."""
-    from diffusers import StableDiffusionPipeline
-
-    from bench.reference import oracles
-
-    theirs = StableDiffusionPipeline(
-        vae=oracles.diffusers_vae(pipe.vae, pipe.config.vae),
-        text_encoder=oracles.transformers_clip(pipe.clip, pipe.config.text).to(pipe.device),
-        tokenizer=None,
-        unet=oracles.diffusers_unet(pipe.unet, pipe.config.unet),
-        scheduler=oracles.ddpm_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
-        requires_safety_checker=False,
-    )
-    theirs.set_progress_bar_config(disable=True)
-    return theirs
-
-
-@torch.inference_mode()
-def their_picture(ours: StableDiffusion, theirs, args: argparse.Namespace) -> Tensor:
-    """Ours tokenizes for both; everything after that is theirs."""
-    tokens = ours.tokenizer(["", PROMPT], ours.config.text.max_length).to(ours.device)
-    negative, positive = theirs.text_encoder(tokens).last_hidden_state.chunk(2)
-    result = theirs(
-        prompt_embeds=positive.repeat(args.batch, 1, 1),
-        negative_prompt_embeds=negative.repeat(args.batch, 1, 1),
-        num_inference_steps=args.steps,
-        guidance_scale=7.5,
-        height=args.size,
-        width=args.size,
-        generator=[torch.Generator("cpu").manual_seed(SEED + i) for i in range(args.batch)],
-    )
-    return torch.from_numpy(np.stack([np.asarray(image) for image in result.images])).float()
 
 
 # ---- timing
@@ -190,6 +140,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pipeline", action="store_true", help="whole pictures instead of one step")
+    parser.add_argument(
+        "--parity-only", action="store_true", help="compare in every dtype, or in --dtype; time nothing"
+    )
     parser.add_argument("--opts", default="none", metavar="A,B", help="with --pipeline: ours with these as well")
     parser.add_argument("--compiled", action="store_true", help="diffusers compiled and in channels_last as well")
     parser.add_argument("--compile-mode", default="reduce-overhead", help="torch.compile's (%(default)s)")
@@ -197,7 +150,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="cuda or cpu (the best there is)")
     parser.add_argument("--dtype", choices=common.DTYPES, help="(float16 on CUDA, else float32)")
     parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="with --pipeline (%(default)s)")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of a picture (%(default)s)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures at a time (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/vs_diffusers"), metavar="DIR", help="(%(default)s)")
@@ -208,21 +161,48 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     args = parse_arguments(argv)
     device = torch.device(args.device) if args.device else default_device()
-    dtype = common.DTYPES[args.dtype] if args.dtype else common.default_dtype(device)
-    pipe = common.load_pipeline(args.weights, device, dtype)
     try:
-        contestants = (picture_contestants if args.pipeline else step_contestants)(pipe, args)
-    except (ImportError, optimize.OptimizationError) as error:
+        if args.parity_only:
+            check_dtypes(args, device)
+        else:
+            run(args, device)
+    except parity.Mismatch as error:
+        print(f"vs_diffusers.py: {error}", file=sys.stderr)
+        return 1
+    except (ImportError, OptimizationError) as error:
         print(f"vs_diffusers.py: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def check_dtypes(args: argparse.Namespace, device: torch.device) -> None:
+    """Compare in --dtype, or in all that there are, and then raise the Mismatch of those that differ."""
+    failures = []
+    for name in [args.dtype] if args.dtype else common.DTYPES:
+        pipe = common.load_pipeline(args.weights, device, common.DTYPES[name])
+        try:
+            parity.check(pipe, Drawn(args.size, args.steps, args.batch), args.out)
+        except parity.Mismatch as error:
+            failures.append(str(error))
+        del pipe
+        common.free_memory(device)
+    if failures:
+        raise parity.Mismatch("; ".join(failures))
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    """Compare, time, print, and add the lines to vs_diffusers.csv."""
+    dtype = common.DTYPES[args.dtype] if args.dtype else common.default_dtype(device)
+    pipe = common.load_pipeline(args.weights, device, dtype)
+    parity.check(pipe, Drawn(args.size, args.steps if args.pipeline else 0, args.batch), args.out)
+    contestants = (picture_contestants if args.pipeline else step_contestants)(pipe, args)
     lines = lines_of(contestants, compete(contestants, device, args.rounds))
-    what = f"{args.steps} steps, whole picture" if args.pipeline else "one guided step"
+    what = f"{args.steps} DDIM steps, whole picture" if args.pipeline else "one guided step"
     common.print_table(f"{what}, {args.size}x{args.size}, batch {args.batch}, {common.device_name(device)}", lines)
     held = {"what": what, "size": args.size, "batch": args.batch}
     for line in lines:
         row = held | line | common.environment(device, dtype) | {"diffusers": common.version("diffusers")}
         common.append_csv(args.out / "vs_diffusers.csv", row)
-    return 0
 
 
 if __name__ == "__main__":

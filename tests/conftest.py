@@ -27,12 +27,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A small model as pipe.save writes it, its configuration in the file: it draws 64x64 pixels."""
-    from bench.reference.weights import random_models, tiny_config
-    from sd.pipeline import StableDiffusion
+    from bench.reference.weights import tiny_pipeline
 
-    config = tiny_config()
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    StableDiffusion(config, *random_models(config, seed=0)).save(path)
+    tiny_pipeline().save(path)
     return path
 
 

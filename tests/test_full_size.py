@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from bench.reference import oracles
-from bench.reference.oracles import relative_error
+from bench.reference.numbers import noise, relative_error
+from bench.reference.oracles import diffusers_pipeline
 from bench.reference.weights import random_models, write_ckpt
 from sd.config import SD15
 from sd.pictures.png import read_parameters
 from sd.pipeline import StableDiffusion
-from tests.test_pipeline import assert_image_to_image_matches, detailed, differ, diffusers_pipeline, smooth_noise
+from tests.test_pipeline import assert_image_to_image_matches, detailed, differ, smooth_noise
 
 pytestmark = pytest.mark.full
 
@@ -34,10 +35,6 @@ def ckpt(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pipe(ckpt) -> StableDiffusion:
     return StableDiffusion.load(ckpt, device="cpu")
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_the_configuration_is_recognized(pipe):

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
 from bench import common, sensitivity
-from bench.reference.weights import random_models, tiny_config
+from bench.reference.numbers import relative_error
+from bench.reference.weights import tiny_config
+from bench.reference.weights import tiny_pipeline as tiny_pipe
 from sd import optimize, quantize
 from sd.optimize import OptimizationError
 from sd.pipeline import StableDiffusion
@@ -27,11 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = tiny_config()
 BLOCK = "input_blocks.1.1.transformer_blocks.0"
 STATIC_LAYERS = [f"{BLOCK}.attn1", f"{BLOCK}.ff", f"{BLOCK}.attn2"]
-
-
-def tiny_pipe(dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> StableDiffusion:
-    config = tiny_config(**changes)
-    return StableDiffusion(config, *random_models(config, seed, dtype))
 
 
 def int8_static(pipe: StableDiffusion, layers: list[str] | None = None, **options) -> None:
@@ -59,10 +56,6 @@ def latents(pipe: StableDiffusion) -> Tensor:
 def predicted_noise(pipe: StableDiffusion) -> Tensor:
     noise = PictureNoise([5], (4, 8, 8), pipe.device, pipe.dtype)()
     return pipe.unet(noise, torch.tensor(501), pipe.encode_prompts(["a cat"], None))
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def kernels(pipe: StableDiffusion) -> dict[str, int]:

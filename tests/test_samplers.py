@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bench.reference.oracles import ddim_scheduler, ddpm_scheduler, relative_error
+from bench.reference.numbers import relative_error
+from bench.reference.oracles import ddim_scheduler, ddpm_scheduler
 from sd.ddpm import add_noise, alphas_cumprod, ddpm, predict_x0, spaced_timesteps
 from sd.guidance import Guided
 from sd.samplers import SAMPLERS, PictureNoise, ddim

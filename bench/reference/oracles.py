@@ -1,16 +1,17 @@
-"""The same weights in independent implementations: diffusers' UNet and VAE, transformers' text encoder.
+"""The same weights in independent implementations: diffusers' UNet, VAE and pipelines, transformers' text encoder.
 
 The conversion is diffusers' own, so that a mistake in our names cannot cancel out.
 """
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sd.checkpoints.layouts import PREFIXES
 from sd.clip import CLIP
 from sd.config import TextConfig, UNetConfig, VAEConfig
+from sd.pipeline import DATA, StableDiffusion
 from sd.unet import UNet
 from sd.vae import VAE
 
@@ -99,7 +100,18 @@ def transformers_clip(clip: CLIP, cfg: TextConfig) -> CLIPTextModel:
     return oracle.eval().requires_grad_(False)
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """||actual - expected|| / ||expected||, in double precision; NaN passes through."""
-    actual, expected = actual.double(), expected.double()
-    return ((actual - expected).norm() / expected.norm()).item()
+def diffusers_pipeline(pipe: StableDiffusion, scheduler, kind: type = StableDiffusionPipeline):
+    """diffusers' pipeline of some kind over the weights of ours, on its device, with a scheduler of diffusers'."""
+    vocabulary = {"vocab": str(DATA / "vocab.json"), "merges": str(DATA / "merges.txt")}
+    theirs = kind(
+        vae=diffusers_vae(pipe.vae, pipe.config.vae),
+        text_encoder=transformers_clip(pipe.clip, pipe.config.text).to(pipe.device),
+        tokenizer=CLIPTokenizer(**vocabulary, model_max_length=pipe.config.text.max_length),
+        unet=diffusers_unet(pipe.unet, pipe.config.unet),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    theirs.set_progress_bar_config(disable=True)
+    return theirs

@@ -16,6 +16,7 @@ from sd.checkpoints.layouts import PREFIXES, ema_name
 from sd.clip import CLIP
 from sd.config import Config, TextConfig, UNetConfig, VAEConfig
 from sd.models import build
+from sd.pipeline import StableDiffusion
 from sd.unet import UNet
 from sd.vae import VAE
 
@@ -50,6 +51,12 @@ def random_models(config: Config, seed: int = 0, dtype: torch.dtype = torch.floa
         model.load_state_dict(state, assign=True)
         model.eval().requires_grad_(False)
     return models
+
+
+def tiny_pipeline(dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> StableDiffusion:
+    """A pipeline of random weights on the CPU: `tiny_config(**changes)`'s."""
+    config = tiny_config(**changes)
+    return StableDiffusion(config, *random_models(config, seed, dtype))
 
 
 def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
