@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import common
 from bench.common import Spread
-from sd import winograd
 from sd.kernels import native
 from sd.kernels.allocator import freed_memory_kept
+from sd.optimizations import winograd
 
 Run = Callable[[], torch.Tensor]
 

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from bench import common
 from bench.reference.numbers import relative_error
 from bench.reference.weights import TINY
-from sd import optimizations, optimize
-from sd.attention import BACKENDS, attention_modules, forced_attention, why_not
+from sd import optimizations
 from sd.config import SD15, Config
+from sd.optimizations.attention import BACKENDS, attention_modules, forced_attention, why_not
+from sd.optimizations.compiled import compile_seconds
 from sd.pipeline import StableDiffusion
 
 PROMPT = "a lighthouse in a storm"
@@ -267,15 +268,15 @@ def compiler_report(probe: Probe, label: str, names: Sequence[str]) -> None:
     from torch._dynamo.utils import counters
 
     kept = {family: dict(counts) for family, counts in counters.items() if family in ("stats", "graph_break")}
-    probe.keep("compiler", {"label": label, "seconds": optimize.compile_seconds(), "counters": json.dumps(kept)})
+    probe.keep("compiler", {"label": label, "seconds": compile_seconds(), "counters": json.dumps(kept)})
     torch._dynamo.reset()
     counters.clear()
 
 
 def possible(probe: Probe, names: Sequence[str]) -> list[str]:
     """Without those that this device cannot run, so that the script can be tried on a CPU."""
-    entries = {name: optimize.REGISTRY[name.partition("=")[0]] for name in names}
-    return [name for name, entry in entries.items() if optimize.NEEDS[entry.needs](probe.plain)]
+    entries = {name: optimizations.catalog()[name.partition("=")[0]] for name in names}
+    return [name for name, entry in entries.items() if not entry.needs.why_not(probe.plain)]
 
 
 # ---- sections: what a step consists of

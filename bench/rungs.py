@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sd import optimize
+from sd import optimizations
 
 KNOBS = ("steps", "sampler")
 
@@ -15,7 +15,7 @@ KNOBS = ("steps", "sampler")
 class Row:
     """One rung: its name in the table, and everything that is on.
 
-    `names` are optimizations of sd.optimize and the ladder's own knobs, `steps=N` and `sampler=NAME`.
+    `names` are optimizations of sd.optimizations and the ladder's own knobs, `steps=N` and `sampler=NAME`.
     """
 
     label: str
@@ -34,7 +34,7 @@ class Row:
 
     @property
     def exact(self) -> bool:
-        entries = [optimize.REGISTRY.get(_family(name)) for name in self.names]
+        entries = [optimizations.catalog().get(_family(name)) for name in self.names]
         return all(entry is not None and entry.exact for entry in entries)
 
 
@@ -89,11 +89,22 @@ def rows_of(base: Sequence[str], names: Sequence[str], mode: str) -> list[Row]:
     return rows
 
 
+@dataclass(frozen=True)
+class Machine:
+    """All that a preset wants to know of a pipeline, before there is one."""
+
+    device: torch.device
+
+
 def parse_names(text: str, device: torch.device) -> list[str]:
-    """Optimizations, presets and knobs, in the order given. Raises optimize.OptimizationError."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    parsed = ([word] if _family(word) in KNOBS else optimize.parse(word, device) for word in words)
-    return [name for names in parsed for name in names]
+    """Optimizations, presets and knobs, in the order given. Raises OptimizationError."""
+    names: list[str] = []
+    for word in (word.strip() for word in text.split(",")):
+        if _family(word) in KNOBS:
+            names.append(word)
+        else:
+            names += [choice.text for choice in optimizations.parse(word, Machine(device))]
+    return names
 
 
 def _family(name: str) -> str:

@@ -7,7 +7,7 @@ Each layer is quantized by itself. Speed-up: plain over quantized time of that l
 gets at --size with guidance; layers of one kind and one shape are timed once. Damage: relative error, against the
 plain model, of the latents after --steps DDIM steps from the same noise at --damage-size.
 Rows go to a CSV file one by one, and those that are there already are not measured again. Then the layers that are not
-worth it go to sd/quantize_filter.json, which `sd.quantize.default_layers` reads: those slower than --min-speedup, and
+worth it go to sd/optimizations/quantize_filter.json, which the switches read: those slower than --min-speedup, and
 those over --max-damage. Random weights say nothing about damage, so with them speed alone decides.
 Exit code 75 says that --budget ended before the layers.
 """
@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import common
 from bench.reference.numbers import relative_error
-from sd import quantize
 from sd.config import Config
 from sd.ddpm import spaced_timesteps
+from sd.optimizations import quantization
 from sd.pipeline import StableDiffusion, default_device
 from sd.samplers import PictureNoise
 from sd.unet import UNet
@@ -144,21 +144,20 @@ def quantized_alone(pipe: StableDiffusion, scheme: str, layer: str, size: int) -
     plain = pipe.unet.get_submodule(layer)
     pipe.unet.set_submodule(layer, copy.deepcopy(plain))
     try:
-        if scheme == "int8_static":
-            quantize.int8_static(pipe, [layer], prompts=quantize.CALIBRATION_PROMPTS[:1], steps=1, size=size)
-        else:
-            getattr(quantize, scheme)(pipe, [layer])
+        calibration = {"prompts": quantization.CALIBRATION_PROMPTS[:1], "steps": 1, "size": size}
+        quantization.quantize(pipe, scheme, [layer], **(calibration if scheme == "int8_static" else {}))
         yield pipe.unet.get_submodule(layer)
     finally:
         pipe.unet.set_submodule(layer, plain)
         vars(pipe.unet).pop("quantization", None)
+        vars(pipe).pop("record", None)
 
 
 def measure(bench: Bench, schemes: Sequence[str], out: Path, deadline: float) -> bool:
     """Measure what is not in `out` yet; False if the time was up before the end."""
     done = [{key: row[key] for key in bench.key("", "")} for row in common.read_csv(out)]
     for scheme in schemes:
-        for layer in quantize.candidates(bench.pipe.unet, scheme):
+        for layer in quantization.candidates(bench.pipe.unet, scheme):
             if {key: str(value) for key, value in bench.key(scheme, layer).items()} in done:
                 continue
             if time.monotonic() > deadline:
@@ -216,20 +215,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--min-speedup", type=float, default=1.0, metavar="X", help="(%(default)s)")
     parser.add_argument("--max-damage", type=float, default=0.02, metavar="X", help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench/results/sensitivity.csv"), metavar="FILE")
-    parser.add_argument("--filter", type=Path, default=quantize.FILTER_FILE, metavar="FILE", help="(%(default)s)")
+    parser.add_argument("--filter", type=Path, default=quantization.FILTER_FILE, metavar="FILE", help="(%(default)s)")
     parser.add_argument(
         "--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no layer after this"
     )
     args = parser.parse_args(argv)
     args.schemes = args.schemes.split(",")
-    if unknown := set(args.schemes) - set(quantize.SCHEMES):
-        parser.error(f"no scheme {', '.join(sorted(unknown))}; there are {', '.join(quantize.SCHEMES)}")
+    if unknown := set(args.schemes) - set(quantization.SCHEMES):
+        parser.error(f"no scheme {', '.join(sorted(unknown))}; there are {', '.join(quantization.SCHEMES)}")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("sd.quantize").setLevel(logging.ERROR)  # a line a layer
+    logging.getLogger("sd.optimizations.quantization").setLevel(logging.ERROR)  # a line a layer
     args = parse_arguments(argv)
     deadline = time.monotonic() + args.budget
     try:

@@ -143,9 +143,9 @@ def _let_interrupts_clean_up() -> None:
 
 
 def save_quantized(pipe: "StableDiffusion", path: Path) -> None:
-    from sd import quantize
+    from sd.optimizations import quantized_files
 
-    quantize.save_quantized(pipe, path)
+    quantized_files.save_quantized(pipe, path)
 
 
 def list_optimizations() -> None:

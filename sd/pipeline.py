@@ -5,7 +5,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sd import model_loader
+from sd.checkpoints.stamps import stamp
 from sd.clip import CLIP
 from sd.config import Config
 from sd.ddpm import add_noise, spaced_timesteps
@@ -94,6 +95,7 @@ class StableDiffusion:
         self.times: dict[str, float] = {}
         self.call = Call()
         self.optimizations: list[str] = []
+        self._loaded: dict[str, tuple] = {}
 
     @classmethod
     def load(
@@ -113,7 +115,24 @@ class StableDiffusion:
         if path == DEMO_CHECKPOINT:
             log.info(DEMO_NOTICE)
         config, clip, unet, vae = model_loader.load(path, ema=ema, device=device, dtype=dtype)
-        return cls(config, clip, unet, vae, source=model_loader.Source.of(path, ema, dtype))
+        pipe = cls(config, clip, unet, vae, source=model_loader.Source.of(path, ema, dtype))
+        pipe.note_loaded()
+        return pipe
+
+    def note_loaded(self, names: Collection[str] | None = None) -> None:
+        """These parameters, `unet.out.2.bias`, or all, are now as the file of `source` has them."""
+        now = self._stamps()
+        self._loaded |= now if names is None else {name: now[name] for name in names}
+
+    def as_loaded(self, names: Collection[str]) -> bool:
+        """Whether these parameters are still what was read: then the file has them too."""
+        now = self._stamps()
+        return all(now[name] == self._loaded.get(name) for name in names)
+
+    def _stamps(self) -> dict[str, tuple]:
+        """Of each parameter, what changes when it is written to or replaced."""
+        parts = {"clip": self.clip, "unet": self.unet, "vae": self.vae}
+        return {f"{p}.{name}": stamp([w]) for p, model in parts.items() for name, w in model.named_parameters()}
 
     def explain(self) -> "Explanation":
         """What runs in each module, and which optimization put it there: print it."""

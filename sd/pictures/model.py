@@ -87,7 +87,7 @@ class ModelChoice:
         device = check_device(self.device)
         pipe = StableDiffusion.load(checkpoint, device, self.dtype and getattr(torch, self.dtype), ema=self.ema)
         if self.load_quantized:
-            from sd.quantize import load_quantized
+            from sd.optimizations.quantized_files import load_quantized
 
             load_quantized(pipe, self.load_quantized)
         return pipe

@@ -13,9 +13,11 @@ from bench import common, fidelity, ladder, report, roofline, rungs, speed
 from bench.compilation import Counts
 from bench.reference.numbers import psnr
 from bench.reference.weights import tiny_config
-from sd import optimizations, optimize
+from sd import optimizations
 from sd.config import SD15
 from sd.models import build
+from sd.optimizations import registry
+from sd.optimizations.base import Optimization, Patch, Stage
 from sd.pipeline import StableDiffusion
 
 CPU = torch.device("cpu")
@@ -266,20 +268,22 @@ def _prefixes(*names: str) -> list[str]:
     return [",".join(names[: i + 1]) for i in range(len(names))]
 
 
-def recompiling(pipe: StableDiffusion) -> None:
+def recompiling(patch: Patch) -> None:
     """Compiles the sampler's loop for one number of steps."""
-    sample = pipe.sample
+    sample = patch.pipe.sample
     scale = torch.compile(lambda x, steps: x * steps / steps, backend="eager", dynamic=False)
 
     def sample_scaled(x, context, cfg_scale, sampler, timesteps, noise, on_step=None):
         return sample(scale(x, len(timesteps)), context, cfg_scale, sampler, timesteps, noise, on_step)
 
-    pipe.sample = sample_scaled
+    patch.around("sample", lambda sample: sample_scaled)
 
 
 def test_a_recompilation_fails_the_ladder(tiny_checkpoint, tmp_path, monkeypatch, capsys):
-    entry = optimize.Optimization("test-recompiling", True, optimize.ANYTHING, recompiling, "", "")
-    monkeypatch.setitem(optimize.REGISTRY, entry.name, entry)
+    entry = Optimization("test-recompiling", recompiling, Stage.CALLS, exact=True, summary="")
+    known = {**registry.catalog(), entry.name: entry}
+    monkeypatch.setattr(registry, "catalog", lambda: known)
+    monkeypatch.setattr(optimizations, "catalog", lambda: known)
     monkeypatch.setattr(common, "matmul_ceiling", lambda *_: 1e11)
     assert climb(tiny_checkpoint, tmp_path, "--opts", entry.name, "--measure", "speed") == 1
     line = common.read_csv(tmp_path / "speed.csv")[-1]

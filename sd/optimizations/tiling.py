@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sd.optimizations.base import Patch, Stage, at_least, optimization
+
 Decode = Callable[[Tensor], Tensor]
 
 
@@ -52,3 +54,19 @@ def decode_in_tiles(decode: Decode, latents: Tensor, tile: int, overlap: int) ->
             total[window] += part * weight
             weights[window] += weight
     return (total / weights).to(part.dtype)
+
+
+@optimization(
+    "vae-tiling",
+    stage=Stage.MEMORY,
+    exact=False,
+    summary="large pictures decoded in tiles",
+    value=at_least(16),
+    hint="LATENTS",
+)
+def vae_tiling(patch: Patch, tile: int = 64) -> None:
+    """Pictures larger than a tile are decoded in tiles that overlap by a quarter. Approximate: norms see a tile each.
+
+    Helps: memory, which grows with the picture otherwise. Hurts: time, by the overlap.
+    """
+    patch.around("decode", lambda decode: lambda latents: decode_in_tiles(decode, latents, tile, tile // 4))

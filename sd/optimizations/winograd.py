@@ -30,10 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd import unet, vae
-from sd.cache import stamp
-from sd.kernels import native as cpu_kernels
-from sd.memory import mapped, page_out
-from sd.model_loader import build
+from sd.checkpoints.mapped import mapped, page_out
+from sd.checkpoints.stamps import stamp
+from sd.kernels import native
+from sd.models import build
+from sd.optimizations.base import CPU_FP32, Patch, Stage, optimization
+from sd.pipeline import StableDiffusion
 
 log = logging.getLogger(__name__)
 
@@ -198,8 +200,8 @@ SMALL_GRID = 256  # positions
 class WinogradConv(nn.Conv2d):
     """A 3x3 convolution with F(m x m), where that is faster than the direct way on the grid at hand.
 
-    native: whether the C++ kernels do it. upsampled: whether `run` upsamples its input. kept: whether the transformed
-    kernel is kept for the next call.
+    native: whether the C++ kernels do it. upsampled: whether its input is upsampled first. kept: whether the
+    transformed kernel is kept for the next call.
     """
 
     m: int
@@ -207,19 +209,24 @@ class WinogradConv(nn.Conv2d):
     native: bool
     upsampled: bool
     kept: bool
-    kernel: Tensor
+    transformed_kernel: Tensor
     kernel_stamp: tuple
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(x)
+    @property
+    def kernel(self) -> str:
+        way = f"Winograd F({self.m}x{self.m})" if self.m else "direct"
+        return f"{way}, {'C++' if self.native else 'PyTorch'}{', upsampling within' if self.upsampled else ''}"
 
-    def run(self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        return self.added(x)
+
+    def added(self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """The convolution plus shift [B or 1, C_out] plus residual [B, C_out, H, W]."""
         fast = self.faster(x)
         if fast and self.native:
             bias = self.bias if shift is None else self.bias + shift
             options = {"upsampled": self.upsampled, "m": self.m}
-            return cpu_kernels.winograd(x, self.transformed(), self.out_channels, bias, residual, **options)
+            return native.winograd(x, self.transformed(), self.out_channels, bias, residual, **options)
         x = F.interpolate(x, scale_factor=2.0, mode="nearest") if self.upsampled else x
         y = winograd_conv(x, self.transformed(), self.bias, self.m) if fast else self.direct(x)
         y = y if shift is None else y + shift[:, :, None, None]
@@ -227,16 +234,16 @@ class WinogradConv(nn.Conv2d):
 
     def direct(self, x: Tensor) -> Tensor:
         """On small grids as a product with the weights as they are, which oneDNN would first bring into its layout."""
-        if not self.native or x.shape[2] * x.shape[3] > SMALL_GRID or not cpu_kernels.readable(x, self.weight):
+        if not self.native or x.shape[2] * x.shape[3] > SMALL_GRID or not native.readable(x, self.weight):
             return super().forward(x)
-        return cpu_kernels.conv3x3(x, self.weight, self.bias)
+        return native.conv3x3(x, self.weight, self.bias)
 
     def faster(self, x: Tensor) -> bool:
         positions = x.shape[0] * x.shape[2] * x.shape[3] * (4 if self.upsampled else 1)
         channels = self.in_channels, self.out_channels
         return (
             self.m > 0
-            and cpu_kernels.readable(x, self.weight)
+            and native.readable(x, self.weight)
             and seconds(self.m, positions, *channels, self.rates) < seconds(0, positions, *channels, self.rates)
         )
 
@@ -245,38 +252,29 @@ class WinogradConv(nn.Conv2d):
         if not self.kept:
             return self._transform()
         if stamp((self.weight,)) != self.kernel_stamp:
-            self.kernel = self._transform()
+            self.transformed_kernel = self._transform()
             self.kernel_stamp = stamp((self.weight,))
             for weight in mapped([self.weight]):
                 page_out(weight)
-        return self.kernel
+        return self.transformed_kernel
 
     def _transform(self) -> Tensor:
         if not self.native:
             return transform_kernel(self.weight, self.m)
-        return cpu_kernels.winograd_kernel(self.weight, matrices(self.m, torch.float64)[1], self.upsampled)
+        return native.winograd_kernel(self.weight, matrices(self.m, torch.float64)[1], self.upsampled)
 
 
 class WinogradUpsample(unet.Upsample):
     """Upsampling within the convolution: the larger grid is never in memory. The VAE's is the same module."""
 
+    kernel = "within its convolution"
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv.run(x)
+        return self.conv(x)
 
 
-def use_winograd(chosen: dict[nn.Conv2d, int], rates: Rates, native: bool, kept: bool = True) -> None:
-    for layer, m in chosen.items():
-        layer.__class__ = WinogradConv
-        layer.m, layer.rates, layer.native, layer.upsampled = m, rates, native, False
-        layer.kept, layer.kernel_stamp = kept, ()
-
-
-def upsample_within(model: nn.Module) -> None:
-    """Let the convolutions that follow an upsampling do it."""
-    for module in model.modules():
-        if type(module) in (unet.Upsample, vae.Upsample) and isinstance(module.conv, WinogradConv):
-            module.__class__ = WinogradUpsample
-            module.conv.upsampled = True
+UPSAMPLES = (unet.Upsample, vae.Upsample)
+"""Modules whose convolution can do the upsampling before it."""
 
 
 def grids(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[str, int]]:
@@ -293,19 +291,7 @@ def grids(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[str, int]
 STEPS = 20  # calls of the UNet for one of the VAE's decoder, to weigh their layers
 
 
-def apply(pipe: Any, budget: int) -> None:
-    """Choose and swap the layers of the UNet and of the VAE's decoder, for pictures of the model's own size."""
-    native = cpu_kernels.load() is not None
-    rates = NATIVE if native else Rates()
-    uses = list(_uses(pipe))
-    chosen = plan(uses, budget, rates)
-    for kept in (True, False):
-        use_winograd({use.layer: chosen[use.layer] for use in uses if use.kept == kept}, rates, native, kept)
-    for model in (pipe.unet, pipe.vae.decoder):
-        upsample_within(model)
-
-
-def _uses(pipe: Any) -> Iterator[Use]:
+def _uses(pipe: StableDiffusion) -> Iterator[Use]:
     config = pipe.config
     _, unet_, vae_ = build(config)  # on the meta device, where nothing is computed
     side = config.image_size // config.vae.downsampling
@@ -320,3 +306,48 @@ def _uses(pipe: Any) -> Iterator[Use]:
 
 def _use(layer: nn.Conv2d, positions: int, calls: int) -> Use:
     return Use(layer, positions, calls, layer.weight.nbytes if mapped([layer.weight]) else 0)
+
+
+# ---- the switch
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = -1.0
+    if not 0 <= size < 1000:
+        raise ValueError("gigabytes, as 2.5")
+    return size
+
+
+@optimization(
+    "winograd",
+    stage=Stage.LAYERS,
+    exact=True,
+    summary="3x3 convolutions with a quarter of the multiplications",
+    needs=CPU_FP32,
+    conflicts=("compile",),
+    value=_gigabytes,
+    hint="GB",
+)
+def winograd(patch: Patch, gigabytes: float = 3.4) -> None:
+    """3x3 convolutions with a quarter of the multiplications, by Winograd's F(4x4,3x3). Exact.
+
+    gigabytes: what the transformed kernels may take beside the weights; F(2x2,3x3) or the direct way where they would
+    take more. Helps: convolutions, half of a step on CPUs. Hurts: memory; where there is no C++ compiler, PyTorch's
+    own operations do it, and gain less.
+    """
+    in_cpp = native.load() is not None
+    rates = NATIVE if in_cpp else Rates()
+    uses = list(_uses(patch.pipe))
+    chosen = plan(uses, int(gigabytes * 1e9), rates)
+    upsampled = {module.conv for kind in UPSAMPLES for module in patch.modules(kind, patch.unet, patch.vae.decoder)}
+    for use in uses:
+        layer = use.layer
+        own = {"m": chosen[layer], "rates": rates, "native": in_cpp, "kept": use.kept, "kernel_stamp": ()}
+        patch.swap(layer, WinogradConv, upsampled=layer in upsampled, **own)
+    for kind in UPSAMPLES:
+        for module in patch.modules(kind, patch.unet, patch.vae.decoder):
+            if isinstance(module.conv, WinogradConv):
+                patch.swap(module, WinogradUpsample)

@@ -5,19 +5,18 @@ before each replay, weights written to in place are seen, and one that was repla
 """
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sd.cache import address, refresh_all
+from sd.checkpoints.stamps import address
+from sd.optimizations.base import NVIDIA, Patch, Record, Stage, optimization
 from sd.samplers import SAMPLERS, PictureNoise
-
-if TYPE_CHECKING:
-    from sd.pipeline import StableDiffusion
 
 MAX_GRAPHS = 16  # a module; the oldest goes
 WARM_UP_CALLS = 2  # libraries choose algorithms, allocate workspaces and compile in these
@@ -30,9 +29,6 @@ class Recording:
     inputs: tuple[Tensor, ...]
     replay: Callable[[], None]
     output: Any
-
-
-Capture = Callable[[Callable, Sequence[Tensor]], Recording]
 
 
 class HostConstants(TorchFunctionMode):
@@ -92,7 +88,6 @@ class Recordings:
     """The graphs of one function that reads the weights of `module`, by what else they depend on."""
 
     module: nn.Module
-    capture: Capture
     captures: int = 0
     kept: dict[Hashable, Recording] = field(default_factory=dict)
     weights: tuple[int, ...] = ()
@@ -106,7 +101,7 @@ class Recordings:
         if key not in self.kept:
             if len(self.kept) >= MAX_GRAPHS:
                 self.kept.pop(next(iter(self.kept)))
-            self.kept[key] = self.capture(function, inputs)
+            self.kept[key] = record(function, inputs)
             self.captures += 1
         return self.kept[key]
 
@@ -118,22 +113,16 @@ def _shapes(tensors: Sequence[Tensor]) -> tuple:
 class Graphed:
     """A function of tensors as a CUDA graph for each shape; what it returns is the caller's own.
 
-    state() is whatever else decides what the function does, such as the phase of a cache.
+    key() is whatever else decides what the function does, such as the phase of a cache.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        module: nn.Module,
-        state: Callable[[], Hashable] = lambda: None,
-        capture: Capture = record,
-    ):
+    def __init__(self, function: Callable[..., Tensor], module: nn.Module, key: Callable[[], Hashable] = lambda: None):
         self.function = function
-        self.state = state
-        self.recordings = Recordings(module, capture)
+        self.key = key
+        self.recordings = Recordings(module)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        recording = self.recordings.get((_shapes(inputs), self.state()), self.function, inputs)
+        recording = self.recordings.get((_shapes(inputs), self.key()), self.function, inputs)
         for place, value in zip(recording.inputs, inputs, strict=True):
             place.copy_(value)
         recording.replay()
@@ -192,16 +181,16 @@ def count_draws(sampler: str, timesteps: Sequence[int]) -> int:
 
 
 class GraphedLoop:
-    """`pipe.sample` as one CUDA graph: all steps, guidance and the sampler's arithmetic.
+    """A pipeline's `sample` as one CUDA graph: all steps, guidance and the sampler's arithmetic.
 
     A graph holds for one sampler, list of timesteps, guidance scale and shape. `on_step` is called for all the steps
     once the picture is done: a graph does not stop to report.
     """
 
-    def __init__(self, pipe: "StableDiffusion", capture: Capture = record):
-        self.unet = pipe.unet
-        self.sample = pipe.sample
-        self.recordings = Recordings(pipe.unet, capture)
+    def __init__(self, sample: Callable[..., Tensor], done: Record):
+        self.sample = sample
+        self.done = done
+        self.recordings = Recordings(done.pipe.unet)
 
     def __call__(
         self,
@@ -221,7 +210,7 @@ class GraphedLoop:
         inputs = x, context, AsyncNoise(noise).draw(count_draws(sampler, timesteps), x)
         key = (_shapes(inputs), cfg_scale, sampler, tuple(timesteps))
         recording = self.recordings.get(key, loop, inputs)
-        refresh_all(self.unet, context)
+        self.done.refresh(context)
         for place, value in zip(recording.inputs, inputs, strict=True):
             place.copy_(value)
         recording.replay()
@@ -230,3 +219,84 @@ class GraphedLoop:
             for i, x in enumerate(steps, start=1):
                 on_step(i, len(timesteps), x)
         return steps[-1]
+
+
+# ---- the switches
+
+
+@contextmanager
+def _trying_algorithms() -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@optimization(
+    "cudnn-benchmark",
+    stage=Stage.CAPTURE,
+    exact=True,
+    summary="cuDNN's fastest algorithm by trial",
+    needs=NVIDIA,
+)
+def cudnn_benchmark(patch: Patch) -> None:
+    """cuDNN tries its convolution algorithms on the first call of each shape and keeps the fastest. Exact.
+
+    Helps: convolutions, half of the work. Hurts: the first picture of each size, by about a second.
+    """
+    for seam in ("predict", "decode"):
+        patch.around(seam, _trying_algorithms())
+
+
+@optimization(
+    "cuda-graph",
+    stage=Stage.CAPTURE,
+    exact=True,
+    summary="a UNet call as one launch",
+    needs=NVIDIA,
+    conflicts=("loop-graph",),
+)
+def cuda_graph(patch: Patch) -> None:
+    """The text encoder, a UNet call and the VAE's decoder as one CUDA graph each. Exact.
+
+    Helps: at small batches, where the host launches some 900 kernels a step slower than they run. Hurts: the first
+    picture of each size, by a second, and memory: a graph keeps its activations.
+    """
+    patch.around("predict", lambda predict: Graphed(predict, patch.unet, patch.record.key))
+    _graph_text_and_vae(patch)
+
+
+@optimization("loop-graph", stage=Stage.LOOP, exact=True, summary="all steps as one launch", needs=NVIDIA)
+def loop_graph(patch: Patch) -> None:
+    """All steps with guidance and sampler as a single CUDA graph; text encoder and VAE as one each. Exact.
+
+    Helps: as cuda-graph does, and the sampler's arithmetic too; the host only launches once. Hurts: every new number of
+    steps, sampler or guidance scale is recorded anew, for a second or more; progress shows at the end only.
+    """
+    patch.around("sample", lambda sample: GraphedLoop(sample, patch.record))
+    _graph_text_and_vae(patch)
+
+
+def _graph_text_and_vae(patch: Patch) -> None:
+    patch.around("text", lambda forward: Graphed(forward, patch.clip))
+    patch.around("decode", lambda decode: Graphed(decode, patch.vae))
+
+
+@optimization("async-noise", stage=Stage.NOISE, exact=True, summary="noise copied without waiting")
+def async_noise(patch: Patch) -> None:
+    """Noise goes to the device from pinned memory, so that the host does not wait for each step of DDPM. Exact.
+
+    Helps: samplers that draw noise, on a GPU. Hurts: nothing known.
+    """
+
+    def sampling(sample: Callable) -> Callable:
+        def sample_async(x, context, cfg_scale, sampler, timesteps, noise, on_step=None):
+            # Within loop-graph the noise is drawn already.
+            noise = AsyncNoise(noise) if isinstance(noise, PictureNoise) else noise
+            return sample(x, context, cfg_scale, sampler, timesteps, noise, on_step)
+
+        return sample_async
+
+    patch.around("sample", sampling)

@@ -1,0 +1,60 @@
+"""The deep levels of the UNet at every N-th step only (Ma et al. 2023, "DeepCache")."""
+
+from torch import Tensor
+
+from sd.guidance import Call
+from sd.optimizations.base import Patch, Stage, at_least, optimization
+from sd.optimizations.staged_unet import StagedUNet
+
+
+class DeepFeatures:
+    """Runs the deep levels only at every `interval`-th step (Ma et al. 2023, "DeepCache").
+
+    In between it runs the `SHALLOW` outermost blocks on each side, which see the new latents, and gives them what the
+    deep levels made of earlier ones.
+    """
+
+    SHALLOW = 1
+
+    def __init__(self, interval: int, call: Call):
+        self.interval = interval
+        self.call = call
+        self.features: dict[tuple[int, ...], Tensor] = {}
+
+    def reuses(self, call: Call) -> bool:
+        """Whether a call takes what an earlier one has left."""
+        return call.step % self.interval != 0
+
+    def __call__(self, unet: StagedUNet, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        """Latents x to the last output block's features."""
+        shape, border = tuple(x.shape), len(unet.output_blocks) - self.SHALLOW
+        skips: list[Tensor] = []
+        x = unet.down(x, emb, context, skips, 0, self.SHALLOW)
+        if not (self.reuses(self.call) and shape in self.features):
+            self.features[shape] = self._deep(unet, x, emb, context, list(skips), border)
+        return unet.up(self.features[shape], emb, context, skips, border, len(unet.output_blocks))
+
+    def _deep(
+        self, unet: StagedUNet, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor], border: int
+    ) -> Tensor:
+        x = unet.down(x, emb, context, skips, self.SHALLOW, len(unet.input_blocks))
+        x = unet.middle_block(x, emb, context)
+        return unet.up(x, emb, context, skips, 0, border)
+
+
+@optimization(
+    "deepcache",
+    stage=Stage.REUSE,
+    exact=False,
+    summary="deep levels of the UNet at every N-th step only",
+    value=at_least(1),
+    hint="N",
+)
+def deepcache(patch: Patch, interval: int = 3) -> None:
+    """The deep levels of the UNet at every N-th step only; in between, their last features serve again. Approximate.
+
+    Helps: a step in between costs a tenth. Hurts: detail, the more the fewer steps there are.
+    """
+    deep = DeepFeatures(interval, patch.call)
+    patch.swap(patch.unet, StagedUNet, deep=deep)
+    patch.key(deep.reuses)

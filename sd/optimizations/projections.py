@@ -1,0 +1,98 @@
+"""One matrix for the projections that share an input.
+
+Axes: B batch, C channels, S text tokens, N heads, D head size.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sd.attention import merge_heads, split_heads
+from sd.checkpoints.stamps import address
+from sd.optimizations.base import Patch, Stage, optimization, product_of
+from sd.unet import BasicTransformerBlock, CrossAttention
+
+
+class Packed:
+    """The weights of some Linear layers without bias, stacked in one matrix of which theirs become views.
+
+    So a weight that is written to, or loaded into, changes the matrix; for one that was replaced it is made again.
+    """
+
+    def __init__(self, layers: Iterable[nn.Linear]):
+        self.layers = tuple(layers)
+        self.product = product_of(self.layers[0])
+        self.weight = self._stack()
+
+    def _stack(self) -> Tensor:
+        weight = torch.cat([layer.weight.detach() for layer in self.layers])
+        rows = [layer.out_features for layer in self.layers]
+        for layer, view in zip(self.layers, weight.split(rows), strict=True):
+            layer.weight = nn.Parameter(view, requires_grad=False)
+        return weight
+
+    def refresh(self, context: Tensor) -> None:
+        offset = 0
+        for layer in self.layers:
+            if address(layer.weight) != self.weight.data_ptr() + offset:
+                self.weight = self._stack()
+                return
+            offset += layer.weight.nbytes
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.product(x, self.weight).chunk(len(self.layers), dim=-1)
+
+
+class PackedSelfAttention(CrossAttention):
+    """q, k and v of one input by one product."""
+
+    kernel = "one product for q, k, v"
+    packed: Packed
+
+    def forward(self, x: Tensor, context: None = None) -> Tensor:
+        q, k, v = (split_heads(part, self.heads) for part in self.packed(x))
+        return self.to_out(merge_heads(self.attend(q, k, v)))
+
+
+class PackedCrossAttention(CrossAttention):
+    """k and v of the text by one product."""
+
+    kernel = "one product for k, v"
+    packed: Packed
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = split_heads(self.to_q(x), self.heads)
+        k, v = (split_heads(part, self.heads) for part in self.packed(context))
+        return self.to_out(merge_heads(self.attend(q, k, v)))
+
+
+@optimization("packed-qkv", stage=Stage.REUSE, exact=True, summary="q, k and v as one product")
+def packed_qkv(patch: Patch) -> None:
+    """Query, key and value of self-attention as one product, key and value of cross-attention as another. Exact.
+
+    Helps: small products, which leave a large chip idle. Hurts: nothing known; the weights keep their names as views.
+    Beside kv-cache, which projects the text once a prompt, self-attention alone is packed.
+    """
+    for path, block in patch.unet.named_modules():
+        if isinstance(block, BasicTransformerBlock):
+            _pack(patch, f"{path}.attn1", block.attn1, PackedSelfAttention, ("to_q", "to_k", "to_v"))
+            _pack(patch, f"{path}.attn2", block.attn2, PackedCrossAttention, ("to_k", "to_v"))
+
+
+def _pack(patch: Patch, path: str, attention: CrossAttention, kind: type, names: tuple[str, ...]) -> None:
+    layers = [getattr(attention, name) for name in names]
+    # Another switch's attention projects in its own way, and some layers are no product of a weight.
+    if type(attention) is not CrossAttention or any(product_of(layer) is None for layer in layers):
+        return
+    patch.converts(patch.unet, [f"{path}.{name}.weight" for name in names], back=lambda: _unpack(layers))
+    packed = Packed(layers)
+    patch.swap(attention, kind, packed=packed)
+    patch.within(*layers)
+    patch.before_predict(packed.refresh)
+
+
+def _unpack(layers: Iterable[nn.Linear]) -> None:
+    """Give each layer a weight of its own again."""
+    for layer in layers:
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)

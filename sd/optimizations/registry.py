@@ -1,0 +1,300 @@
+"""Which optimizations there are, how a list of names is read, and how it is applied to a pipeline and taken back.
+
+The registry is this folder: every file's `Optimization` objects, found when first asked for.
+"""
+
+import difflib
+import importlib
+import logging
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+
+from sd import optimizations
+from sd.optimizations.base import Optimization, OptimizationError, Patch, Record, here, record_of
+from sd.pipeline import StableDiffusion
+
+log = logging.getLogger(__name__)
+
+LARGE = 300_000_000  # parameters of a UNet from which preparing kernels and weights is paid back by one picture
+OTHERWISE = 4.6  # gigabytes that SD 1.5 takes at 512x512 beside what Winograd's kernels take more than the weights
+
+
+@cache
+def catalog() -> Mapping[str, Optimization]:
+    """All optimizations by name, in the order in which they are applied: by stage, then by name."""
+    found: dict[str, Optimization] = {}
+    for file in pkgutil.iter_modules(optimizations.__path__):
+        module = importlib.import_module(f"{optimizations.__name__}.{file.name}")
+        for one in vars(module).values():
+            if isinstance(one, Optimization):
+                assert found.setdefault(one.name, one) is one, f"two optimizations are called {one.name}"
+    ordered = sorted(found.values(), key=lambda one: (one.stage, one.name))
+    return MappingProxyType({one.name: one for one in ordered})
+
+
+# ---- presets
+
+
+def _none(pipe: StableDiffusion) -> tuple[str, ...]:
+    return ()
+
+
+def _original(pipe: StableDiffusion) -> tuple[str, ...]:
+    return ("attention", "int8-weights")
+
+
+def _exact(pipe: StableDiffusion) -> tuple[str, ...]:
+    if pipe.device.type == "cpu":
+        return _cpu(pipe)
+    caches = ("packed-qkv", "kv-cache", "time-cache")
+    if pipe.device.type != "cuda":
+        return caches
+    fused = ("fused-norm", "fused-layernorm", "fused-geglu", "fused-upsample")
+    layout = ("attention", "channels-last", "pointwise-linear")
+    return (*layout, *caches, *fused, "cuda-graph", "async-noise")
+
+
+def _cpu(pipe: StableDiffusion) -> tuple[str, ...]:
+    kernels = ("winograd", "cpu-linear", "cpu-attention", "cpu-norm")
+    return (*kernels, "kv-cache", "page-out", "keep-memory", "shared-halves")
+
+
+def _fast(pipe: StableDiffusion) -> tuple[str, ...]:
+    return (*_exact(pipe), "deepcache=3")
+
+
+def _default(pipe: StableDiffusion) -> tuple[str, ...]:
+    """Without a word from anybody: what is exact, for a model that is large enough to pay its preparation back."""
+    large = sum(weight.numel() for weight in pipe.unet.parameters()) >= LARGE
+    if not large or getattr(pipe.unet, "quantization", None):
+        return ()
+    return {"cpu": _cpu, "cuda": _exact}.get(pipe.device.type, _none)(pipe)
+
+
+PRESETS: Mapping[str, Callable[[StableDiffusion], tuple[str, ...]]] = MappingProxyType(
+    {"none": _none, "default": _default, "exact": _exact, "cpu": _cpu, "fast": _fast, "original": _original}
+)
+"""Of a pipeline, the names that each stands for; those that cannot run there are left out when it is applied."""
+
+
+# ---- reading
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An optimization as it is named in a list. arguments: its value, read. preset: that which named it, or ""."""
+
+    text: str
+    optimization: Optimization
+    arguments: tuple = ()
+    preset: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.optimization.name
+
+
+def _words(names: str | Iterable[str]) -> Iterator[str]:
+    text = names if isinstance(names, str) else ",".join(names)
+    return filter(None, (word.strip() for word in text.split(",")))
+
+
+def read(text: str, preset: str = "") -> Choice:
+    """`name` or `name=value`. Raises OptimizationError for a name that is none, or a value that it does not take."""
+    name, given, value = text.partition("=")
+    if name not in catalog():
+        near = difflib.get_close_matches(name, [*catalog(), *PRESETS], n=1)
+        raise OptimizationError(f"no optimization {name!r}; " + (f"is it {near[0]!r}?" if near else "see --list-opts"))
+    one = catalog()[name]
+    if not given:
+        return Choice(text, one, (), preset)
+    if one.value is None:
+        raise OptimizationError(f"{name} takes no value, so not {text!r}")
+    try:
+        return Choice(text, one, (one.value(value),), preset)
+    except ValueError as error:
+        raise OptimizationError(f"{name}={value}: the value must be {error}") from error
+
+
+def parse(names: str | Iterable[str], pipe: StableDiffusion, memory_budget: str | float | None = None) -> list[Choice]:
+    """Names and presets -> what they stand for on this pipeline, in the order of application.
+
+    Named twice, the last one counts; and a name that somebody wrote counts as written, whichever preset has it too.
+    Raises OptimizationError for an unknown name or value.
+    """
+    chosen: dict[str, Choice] = {}
+    for choice in (*_read_all(names, pipe), *(read(text, "--memory-budget") for text in within(memory_budget))):
+        if not choice.preset or chosen.get(choice.name, choice).preset:
+            chosen[choice.name] = choice
+    return [chosen[name] for name in catalog() if name in chosen]
+
+
+def _read_all(names: str | Iterable[str], pipe: StableDiffusion) -> Iterator[Choice]:
+    for word in _words(names):
+        if word in PRESETS:
+            yield from (read(text, preset=word) for text in PRESETS[word](pipe))
+        else:
+            yield read(word)
+
+
+def check(names: str | Iterable[str]) -> None:
+    """Raise OptimizationError for an unknown name or value; this needs no pipeline."""
+    for word in _words(names):
+        if word not in PRESETS:
+            read(word)
+
+
+# ---- what suits a pipeline
+
+
+def default(pipe: StableDiffusion, memory_budget: str | float | None = None) -> str:
+    """What `apply` applies when nothing is named: the command's, a notebook's and the service's choice alike.
+
+    Exact optimizations for a large model, as SD 1.5, on a CPU in fp32 and on NVIDIA GPUs; "" for none.
+    """
+    return ",".join(choice.text for choice in _possible(parse("default", pipe, memory_budget), pipe)[0])
+
+
+def within(budget: str | float | None) -> tuple[str, ...]:
+    """The names that keep SD 1.5 at 512x512 within a budget on CPUs, "low" or in GB: 4.3 of them are its weights."""
+    if budget is None:
+        return ()
+    try:
+        gigabytes = 5.0 if budget == "low" else float(budget)
+    except ValueError:
+        gigabytes = 0.0
+    if not 4.5 <= gigabytes < 1000:
+        raise OptimizationError(f"--memory-budget must be low, or gigabytes from 4.5 on, not {budget}")
+    return f"winograd={max(0.0, gigabytes - OTHERWISE):.2f}", "page-out"
+
+
+# ---- applying
+
+
+def apply(
+    pipe: StableDiffusion, names: str | Iterable[str] = "default", memory_budget: str | float | None = None
+) -> list[str]:
+    """Apply optimizations, before the first picture or between two; returns what was applied, in order.
+
+    names: a string as "exact,deepcache=3", or several names; a preset's that cannot run here are left out and told in
+    one line of the log. memory_budget: "low" or gigabytes that SD 1.5 may take at 512x512 on a CPU in fp32.
+    Raises OptimizationError, with the pipeline as it was, if a named one cannot run here or beside another, or if the
+    pipeline is optimized already.
+    """
+    if pipe.optimizations:
+        raise OptimizationError(f"this pipeline is optimized already: {', '.join(pipe.optimizations)}; undo that first")
+    chosen, left_out = _possible(parse(names, pipe, memory_budget), pipe)
+    while True:
+        fails = _attempt(pipe, chosen)
+        if fails is None:
+            break
+        choice, error = fails
+        if not choice.preset:
+            raise error
+        chosen = [one for one in chosen if one is not choice]
+        left_out.append((choice, str(error)))
+    _tell(left_out)
+    return pipe.optimizations
+
+
+def _possible(choices: list[Choice], pipe: StableDiffusion) -> tuple[list[Choice], list[tuple[Choice, str]]]:
+    """Those that can run here and beside each other, and those left out with the reason. What was typed is kept, or
+    raises OptimizationError."""
+    kept: list[Choice] = []
+    left_out: list[tuple[Choice, str]] = []
+    for choice in sorted(choices, key=lambda choice: bool(choice.preset)):  # what was typed comes first
+        if reason := _why_not(choice, kept, pipe):
+            if not choice.preset:
+                raise OptimizationError(reason)
+            left_out.append((choice, reason))
+        else:
+            kept.append(choice)
+    order = list(catalog())
+    return sorted(kept, key=lambda choice: order.index(choice.name)), left_out
+
+
+def _why_not(choice: Choice, others: list[Choice], pipe: StableDiffusion) -> str:
+    need = choice.optimization.needs
+    if missing := need.why_not(pipe):
+        return f"{choice.name} needs {need.text}; {missing}"
+    names = [other.name for other in others] + _loaded(pipe)
+    conflicts = choice.optimization.conflicts
+    for other in names:
+        if other in conflicts or choice.name in catalog()[other].conflicts:
+            return f"{choice.name} and {other} cannot be combined"
+    return ""
+
+
+def _loaded(pipe: StableDiffusion) -> list[str]:
+    """The optimization that a pipeline whose quantized layers came from a file has already."""
+    done = getattr(pipe.unet, "quantization", None)
+    return [done.switch] if done else []
+
+
+def _attempt(pipe: StableDiffusion, chosen: list[Choice]) -> tuple[Choice, OptimizationError] | None:
+    """Apply them all; or, with the pipeline as it was, the first that found out that it cannot, and why."""
+    record = record_of(pipe) or Record(pipe)
+    patches = []
+    for choice in chosen:
+        patches.append(record.patch(choice.name))
+        try:
+            choice.optimization.function(patches[-1], *choice.arguments)
+            if not patches[-1].changes:
+                raise OptimizationError(f"{choice.name} finds nothing to do in this pipeline, which is {here(pipe)}")
+        except BaseException as error:
+            _roll_back(record, patches, error)
+            if isinstance(error, OptimizationError):
+                return choice, error
+            raise
+    if chosen:
+        record.finish()
+        pipe.record = record
+        pipe.optimizations = [choice.text for choice in chosen]
+    return None
+
+
+def _roll_back(record: Record, patches: list[Patch], error: BaseException) -> None:
+    try:
+        record.undo(patches)
+    except OptimizationError as lost:
+        raise OptimizationError(f"{error}; and {lost}") from error
+
+
+def undo(pipe: StableDiffusion) -> None:
+    """Make an optimized pipeline the plain one again, bit for bit; it can be optimized anew.
+
+    Weights that were converted or replaced are read from the checkpoint's file: what was written to them is lost.
+    Raises OptimizationError, with the pipeline as it is, where such weights came from no file.
+    """
+    if record := record_of(pipe):
+        record.undo()
+        del pipe.record
+        pipe.optimizations = []
+
+
+def _tell(left_out: list[tuple[Choice, str]]) -> None:
+    """One line a preset; of the default, which nobody named, only when asked for."""
+    for preset in dict.fromkeys(choice.preset for choice, _ in left_out):
+        reasons = "; ".join(dict.fromkeys(reason for choice, reason in left_out if choice.preset == preset))
+        log.log(logging.DEBUG if preset == "default" else logging.INFO, "%s without some: %s", preset, reasons)
+
+
+# ---- listing
+
+
+def listing() -> str:
+    """All optimizations as a table: name, whether exact, what it needs, what it gained where measured, what it does."""
+    from sd.optimizations.gains import gains
+
+    measured = gains()
+    rows = [("NAME", "", "NEEDS", "GAIN", "WHAT IT DOES")]
+    for one in catalog().values():
+        name = f"{one.name}={one.hint}" if one.hint else one.name
+        exact = "exact" if one.exact else "approximate"
+        rows.append((name, exact, one.needs.text, measured.get(one.name, "not measured yet"), one.summary))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", f"presets: {', '.join(PRESETS)}"])

@@ -1,0 +1,34 @@
+"""Decoding in tiles that overlap."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from bench.reference.numbers import noise, relative_error
+from sd.optimizations import tiling
+
+
+@pytest.mark.parametrize("length", [5, 16, 17, 31, 64, 100])
+def test_tiles_cover_and_overlap(length):
+    starts = tiling.tile_starts(length, 16, 4)
+    assert starts[0] == 0
+    assert starts[-1] + 16 >= length
+    assert all(0 < b - a <= 12 for a, b in itertools.pairwise(starts))
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (40, 16), (16, 40), (33, 50)])
+def test_tiles_of_a_local_decoder_join_without_a_trace(height, width):
+    decode = lambda x: nn.functional.interpolate(x[:, :3], scale_factor=8.0, mode="nearest")  # noqa: E731
+    latents = noise(2, 4, height, width)
+    assert relative_error(tiling.decode_in_tiles(decode, latents, 16, 4), decode(latents)) < 1e-6
+
+
+@torch.inference_mode()
+def test_vae_tiling_on_the_model(make):
+    tiled, plain = make("vae-tiling=16"), make()
+    small, large = noise(1, 4, 16, 16), noise(1, 4, 24, 40)
+    assert torch.equal(tiled.vae.decode(small), plain.vae.decode(small))
+    assert tiled.vae.decode(large).shape == plain.vae.decode(large).shape
+    assert relative_error(tiled.vae.decode(large), plain.vae.decode(large)) < 0.5
