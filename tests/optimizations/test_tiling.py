@@ -30,5 +30,8 @@ def test_vae_tiling_on_the_model(make):
     tiled, plain = make("vae-tiling=16"), make()
     small, large = noise(1, 4, 16, 16), noise(1, 4, 24, 40)
     assert torch.equal(tiled.vae.decode(small), plain.vae.decode(small))
-    assert tiled.vae.decode(large).shape == plain.vae.decode(large).shape
-    assert relative_error(tiled.vae.decode(large), plain.vae.decode(large)) < 0.5
+    whole, joined = plain.vae.decode(large), tiled.vae.decode(large)
+    # Random weights' norms differ from tile to tile, so that this is a loose bound; a tile out of place is over 1.
+    assert relative_error(joined, whole) < 0.3
+    corner = plain.vae.decode(large[..., :16, :16])[..., :64, :64]  # the first tile alone reaches there
+    assert relative_error(joined[..., :64, :64], corner) < 1e-6
