@@ -195,7 +195,7 @@ def apply(
         if not choice.preset:
             raise error
         chosen = [one for one in chosen if one is not choice]
-        left_out.append((choice, str(error)))
+        left_out.append((choice, str(error).removeprefix(f"{choice.name} ")))
     _tell(left_out)
     return pipe.optimizations
 
@@ -208,7 +208,7 @@ def _possible(choices: list[Choice], pipe: StableDiffusion) -> tuple[list[Choice
     for choice in sorted(choices, key=lambda choice: bool(choice.preset)):  # what was typed comes first
         if reason := _why_not(choice, kept, pipe):
             if not choice.preset:
-                raise OptimizationError(reason)
+                raise OptimizationError(f"{choice.name} {reason}")
             left_out.append((choice, reason))
         else:
             kept.append(choice)
@@ -219,12 +219,12 @@ def _possible(choices: list[Choice], pipe: StableDiffusion) -> tuple[list[Choice
 def _why_not(choice: Choice, others: list[Choice], pipe: StableDiffusion) -> str:
     need = choice.optimization.needs
     if missing := need.why_not(pipe):
-        return f"{choice.name} needs {need.text}; {missing}"
+        return f"needs {need.text}; {missing}"
     names = [other.name for other in others] + _loaded(pipe)
     conflicts = choice.optimization.conflicts
     for other in names:
         if other in conflicts or choice.name in catalog()[other].conflicts:
-            return f"{choice.name} and {other} cannot be combined"
+            return f"cannot be combined with {other}"
     return ""
 
 
@@ -278,8 +278,12 @@ def undo(pipe: StableDiffusion) -> None:
 def _tell(left_out: list[tuple[Choice, str]]) -> None:
     """One line a preset; of the default, which nobody named, only when asked for."""
     for preset in dict.fromkeys(choice.preset for choice, _ in left_out):
-        reasons = "; ".join(dict.fromkeys(reason for choice, reason in left_out if choice.preset == preset))
-        log.log(logging.DEBUG if preset == "default" else logging.INFO, "%s without some: %s", preset, reasons)
+        by_reason: dict[str, list[str]] = {}
+        for choice, reason in left_out:
+            if choice.preset == preset:
+                by_reason.setdefault(reason, []).append(choice.name)
+        told = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
+        log.log(logging.DEBUG if preset == "default" else logging.INFO, "%s leaves out %s", preset, told)
 
 
 # ---- listing

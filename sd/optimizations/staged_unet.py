@@ -14,6 +14,12 @@ class StagedUNet(UNet):
     time_table: Callable[[Tensor], Tensor] | None = None
     deep: "Callable[[StagedUNet, Tensor, Tensor, Tensor], Tensor] | None" = None
 
+    @property
+    def kernel(self) -> str:
+        """For `explain`."""
+        parts = {"timestep from a table": self.time_table, "deep features kept": self.deep}
+        return ", ".join(name for name, part in parts.items() if part is not None)
+
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         emb = self._embed(t, x)
         if self.deep is not None:

@@ -157,9 +157,9 @@ def test_memory_budget_bounds_winograd_but_what_is_typed_counts():
         (["cuda-graph"], "cuda-graph needs an NVIDIA GPU; this is cpu in float32"),
         (["fused-norm"], "needs an NVIDIA GPU with sm80 or newer"),
         (["float8"], "needs an NVIDIA GPU with sm89"),
-        (["naive", "attention"], "attention and naive cannot be combined|naive and attention cannot be combined"),
-        (["packed-qkv", "int8-weights"], "packed-qkv and int8-weights cannot|int8-weights and packed-qkv cannot"),
-        (["cpu-attention", "attention"], "attention.* cannot be combined"),
+        (["naive", "attention"], "naive cannot be combined with attention"),
+        (["packed-qkv", "int8-weights"], "packed-qkv cannot be combined with int8-weights"),
+        (["cpu-attention", "attention"], "cannot be combined with"),
         (["cpu-attention", "naive"], "cannot be combined"),
         (["attention=efficient"], "clip.encoder.layers.0.self_attn, whose head size is 64"),
         (["prepacked"], "prepacked finds nothing to do"),
@@ -195,9 +195,9 @@ def test_presets_leave_out_what_needs_another_dtype(loaded, preset, dtype, caplo
     pipe = loaded(preset, dtype=dtype)
     assert {"kv-cache", "shared-halves"} <= set(pipe.optimizations)
     assert not {"winograd", "cpu-linear"} & set(pipe.optimizations)
-    lines = [record.getMessage() for record in caplog.records if "without some" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records if "leaves out" in record.getMessage()]
     assert len(lines) == 1
-    assert "winograd needs a CPU, in fp32; this is cpu in" in lines[0]
+    assert "winograd (needs a CPU, in fp32; this is cpu in" in lines[0]
     assert pipe.generate("a cat", steps=1, height=64, width=64, seed=1)
 
 
@@ -223,20 +223,20 @@ def test_a_preset_gives_way_to_what_was_typed(make, caplog):
     pipe = make("cpu", "attention=math")
     assert "attention=math" in pipe.optimizations
     assert "cpu-attention" not in pipe.optimizations
-    assert "cpu-attention and attention cannot be combined" in caplog.text
+    assert "cpu-attention (cannot be combined with attention)" in caplog.text
 
 
 def test_a_preset_leaves_out_what_finds_nothing_and_says_so(make, caplog):
     caplog.set_level("INFO", logger="sd")
     assert "page-out" not in make("cpu").optimizations, "these weights are not mapped"
-    assert "cpu without some: page-out needs a CPU, and weights that are mapped" in caplog.text
+    assert "cpu leaves out page-out (needs a CPU, and weights that are mapped" in caplog.text
 
 
 def test_what_nobody_named_is_not_talked_about(make, monkeypatch, caplog):
     caplog.set_level("INFO", logger="sd")
     monkeypatch.setattr(registry, "LARGE", 1)
     assert "winograd" in make("default").optimizations
-    assert "without some" not in caplog.text
+    assert "leaves out" not in caplog.text
 
 
 def test_without_a_compiler_nothing_claims_to_be_on(make, monkeypatch, caplog):
