@@ -62,8 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     pipe = common.load_pipeline(args.weights, torch.device("cpu"), torch.float32)
     optimizations.apply(pipe, args.opts)
-    if halves := getattr(pipe.unet, "halves", None):
-        halves.alike = True  # as they are within a picture
+    pipe.call.halves_alike = True  # as they are within a picture
     side = args.size // pipe.config.vae.downsampling
     x = torch.randn(1, pipe.config.unet.in_channels, side, side).repeat(2, 1, 1, 1)
     context = torch.randn(2, pipe.config.text.max_length, pipe.config.unet.context_dim)

@@ -13,7 +13,7 @@ import importlib.util
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -145,12 +145,10 @@ def open_ours(task: Task, opts: str = "none") -> Calls:
         pipe.inside = freed_memory_kept()  # held: it ends with its last reference
         pipe.inside.__enter__()
     given = inputs(pipe.config, task.size)
-    if halves := getattr(pipe.unet, "halves", None):
-        halves.alike = True  # whoever doubles the latents says so: here it is `inputs`
     draw = functools.partial(our_picture, pipe, task.size)
     return calls_of(
         {
-            "step": lambda: pipe.unet(*given["step"]),
+            "step": functools.partial(our_step, pipe, given["step"]),
             "decode": lambda: pipe.vae.decode(*given["decode"]),
             "picture": functools.partial(draw, task.steps),
             "warm-up": functools.partial(draw, 1),
@@ -164,6 +162,11 @@ def open_without_compiler(task: Task) -> Calls:
     native.compiler = lambda: None
     native.attempt.cache_clear()
     return open_ours(task, "cpu")
+
+
+def our_step(pipe: StableDiffusion, given: Sequence[Tensor]) -> Tensor:
+    with pipe.call.halves(alike=True):  # whoever doubles the latents says so: here it is `inputs`
+        return pipe.unet(*given)
 
 
 def our_picture(pipe: StableDiffusion, size: int, steps: int) -> Tensor:

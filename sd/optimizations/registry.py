@@ -10,9 +10,9 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 
-from sd import optimizations
 from sd.optimizations.base import Optimization, OptimizationError, Patch, Record, here, record_of
 from sd.pipeline import StableDiffusion
 
@@ -26,8 +26,8 @@ OTHERWISE = 4.6  # gigabytes that SD 1.5 takes at 512x512 beside what Winograd's
 def catalog() -> Mapping[str, Optimization]:
     """All optimizations by name, in the order in which they are applied: by stage, then by name."""
     found: dict[str, Optimization] = {}
-    for file in pkgutil.iter_modules(optimizations.__path__):
-        module = importlib.import_module(f"{optimizations.__name__}.{file.name}")
+    for file in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        module = importlib.import_module(f"{__package__}.{file.name}")
         for one in vars(module).values():
             if isinstance(one, Optimization):
                 assert found.setdefault(one.name, one) is one, f"two optimizations are called {one.name}"

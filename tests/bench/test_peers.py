@@ -1,6 +1,7 @@
 """The comparison with other engines, on a tiny model: who is measured, what is written, what is not measured again."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from bench import common, peer_engines, peers_cpu
 from bench.peer_engines import Engine, Opened, Run, Task
 from bench.reference.numbers import noise, relative_error
+from sd.guidance import Call
 from sd.kernels import native
 
 
@@ -201,3 +203,12 @@ def test_the_most_telling_pairs_come_first():
     assert order[3:] == [(512, "sdcpp-f16", "step"), (256, "sdcpp-f16", "step")]
     assert groups[0].engines[:3] == ("ours:exact", "ours:none", "diffusers")
     assert {name for group in groups for name in group.engines} == {"ours:exact", "ours:none", *peer_engines.ENGINES}
+
+
+def test_a_step_of_ours_says_that_its_halves_are_alike():
+    """Or shared-halves would do nothing, and be measured as if it did."""
+    call, seen = Call(), []
+    pipe = SimpleNamespace(call=call, unet=lambda *given: seen.append((given, call.halves_alike)))
+    peer_engines.our_step(pipe, (1, 2, 3))
+    assert seen == [((1, 2, 3), True)]
+    assert not call.halves_alike
