@@ -23,7 +23,7 @@ class DeepFeatures:
 
     def reuses(self, call: Call) -> bool:
         """Whether a call takes what an earlier one has left."""
-        return call.step % self.interval != 0
+        return not call.anew and call.step % self.interval != 0
 
     def __call__(self, unet: StagedUNet, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         """Latents x to the last output block's features."""

@@ -344,7 +344,9 @@ def test_what_runs_is_explained(draw):
     out = draw("--explain", "--opt", "kv-cache")
     assert re.search(r"^unet\.middle_block.*attn2 +keys and values once a prompt.* kv-cache$", out, re.MULTILINE)
     assert names() == []
-    assert draw("--explain", "--opt", "kv-cache", "--prompt", "x", "--steps", 1).startswith(out.rpartition("\nimport")[0])
+    assert draw("--explain", "--opt", "kv-cache", "--prompt", "x", "--steps", 1).startswith(
+        out.rpartition("\nimport")[0]
+    )
     assert names() == ["output.png"]
 
 
