@@ -16,7 +16,8 @@ class Call:
     """Where in a picture the network is called: the one record of it, kept on the host.
 
     step counts from 0 to steps - 1, timestep is the schedule's there. guided: the picture is drawn with guidance.
-    halves_alike: the call's batch is two halves that hold the same latents. Between pictures it is as it is made.
+    halves_alike: the call's batch is two halves that hold the same latents. anew: nothing may serve in it that an
+    earlier step has left, as where the batch is another than at that step. Between pictures it is as it is made.
     """
 
     step: int = 0
@@ -24,6 +25,7 @@ class Call:
     timestep: int | None = None
     guided: bool = False
     halves_alike: bool = False
+    anew: bool = False
 
     @contextmanager
     def sampling(self, timesteps: Sequence[int], guided: bool) -> Iterator[Callable[[int], None]]:
@@ -40,13 +42,14 @@ class Call:
             self.__init__()
 
     @contextmanager
-    def halves(self, alike: bool) -> Iterator[None]:
-        """Within this the network's batch is, or is not, two halves alike."""
-        before, self.halves_alike = self.halves_alike, alike
+    def halves(self, alike: bool, anew: bool = False) -> Iterator[None]:
+        """Within this the network's batch is, or is not, two halves alike; and nothing is used again, if anew."""
+        before = self.halves_alike, self.anew
+        self.halves_alike, self.anew = alike, anew
         try:
             yield
         finally:
-            self.halves_alike = before
+            self.halves_alike, self.anew = before
 
 
 class Guided:

@@ -9,7 +9,7 @@ Whatever it changes goes through the patch's verbs. So all of it can be undone a
 would throw away what another one did is refused, both named. The models and the pipeline know nothing of this file.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,17 @@ def added(conv: nn.Module, x: Tensor, shift: Tensor | None = None, residual: Ten
     y = conv(x)
     y = y if shift is None else y + shift[:, :, None, None]
     return y if residual is None else y + residual
+
+
+def keep(places: dict[Hashable, Tensor], key: Hashable, value: Tensor) -> None:
+    """Copy to places[key], whose memory stays where it is: there captured graphs read what others of them have left."""
+    place = places.get(key)
+    if place is not None and (place.shape, place.dtype) == (value.shape, value.dtype):
+        place.copy_(value)
+        return
+    # Not in inference mode: it is written to again, by calls in any mode.
+    with torch.inference_mode(False):
+        places[key] = value.clone()
 
 
 # ---- the recorder

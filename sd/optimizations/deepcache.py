@@ -1,9 +1,11 @@
 """The deep levels of the UNet at every N-th step only (Ma et al. 2023, "DeepCache")."""
 
+from collections.abc import Hashable
+
 from torch import Tensor
 
 from sd.guidance import Call
-from sd.optimizations.base import Patch, Stage, at_least, optimization
+from sd.optimizations.base import Patch, Stage, at_least, keep, optimization
 from sd.optimizations.staged_unet import StagedUNet
 
 
@@ -19,11 +21,11 @@ class DeepFeatures:
     def __init__(self, interval: int, call: Call):
         self.interval = interval
         self.call = call
-        self.features: dict[tuple[int, ...], Tensor] = {}
+        self.features: dict[Hashable, Tensor] = {}  # by the shape of the latents
 
     def reuses(self, call: Call) -> bool:
         """Whether a call takes what an earlier one has left."""
-        return call.step % self.interval != 0
+        return not call.anew and call.step % self.interval != 0
 
     def __call__(self, unet: StagedUNet, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         """Latents x to the last output block's features."""
@@ -31,7 +33,7 @@ class DeepFeatures:
         skips: list[Tensor] = []
         x = unet.down(x, emb, context, skips, 0, self.SHALLOW)
         if not (self.reuses(self.call) and shape in self.features):
-            self.features[shape] = self._deep(unet, x, emb, context, list(skips), border)
+            keep(self.features, shape, self._deep(unet, x, emb, context, list(skips), border))
         return unet.up(self.features[shape], emb, context, skips, border, len(unet.output_blocks))
 
     def _deep(

@@ -22,7 +22,14 @@ class GuidanceInterval:
 
     def inside(self, call: Call) -> bool:
         """Whether a call has both halves, or is one of a picture without guidance."""
-        return not call.guided or self.low <= call.step / call.steps < self.high
+        return not call.guided or self._holds(call.step)
+
+    def _holds(self, step: int) -> bool:
+        return self.low <= step / self.call.steps < self.high
+
+    def _begins_or_ends(self) -> bool:
+        """Whether the batch is another than at the step before."""
+        return self.call.guided and self.call.step > 0 and self._holds(self.call.step - 1) != self.inside(self.call)
 
     def half(self, context: Tensor) -> Tensor | None:
         """The conditional half of a context, the same object for the same one; None for one that has no halves."""
@@ -34,9 +41,11 @@ class GuidanceInterval:
 
     def around(self, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+            anew = self._begins_or_ends()
             if self.inside(self.call):
-                return predict(x, t, context)
-            with self.call.halves(alike=False):
+                with self.call.halves(self.call.halves_alike, anew):
+                    return predict(x, t, context)
+            with self.call.halves(alike=False, anew=anew):
                 eps = predict(x.chunk(2)[1], t, self.conditional)
             return torch.cat([eps, eps])
 

@@ -101,6 +101,15 @@ def test_a_graph_with_shared_halves_tells_guided_calls_from_others(make, capture
         assert_draws_alike(pipe, plain, prompt=prompt, cfg_scale=scale)
 
 
+def test_graphs_of_deepcache_read_what_the_step_before_has_left_whichever_graph_that_was(make, captured):
+    """Inputs of one shape, features by two graphs; and those that are read were captured last by the wrong one."""
+    names = "deepcache=2", "shared-halves"
+    pipe, plain = make("cuda-graph", *names), make(*names)
+    two = {"prompt": ["a cat", "a dog"], "cfg_scale": 1}
+    for changes in ({**two, "steps": 1}, {}, two, {}, two):
+        assert_draws_alike(pipe, plain, **changes)
+
+
 def test_a_graph_that_is_told_nothing_would_draw_another_picture(make, captured, monkeypatch):
     """The stand-in is strict: without the key of deepcache, the first step's graph would run at every step."""
     pipe, plain = make("cuda-graph", "deepcache=2"), make("deepcache=2")

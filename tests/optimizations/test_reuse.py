@@ -8,6 +8,7 @@ from torch import nn
 from bench.reference.numbers import noise, pixels, relative_error
 from sd.pipeline import StableDiffusion
 from sd.unet import timestep_embedding
+from tests.optimizations.stand_in import install
 from tests.optimizations.support import DRAW, inputs
 
 # ---- packed projections
@@ -142,6 +143,25 @@ def test_guidance_interval_leaves_unguided_pictures_alone(make):
     draw = {**DRAW, "cfg_scale": 1}
     a, b = (pixels(make(*names).generate("a cat", **draw)) for names in (["guidance-interval=0.0-0.5"], []))
     assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(("interval", "batches"), [("0.0-0.5", [2, 2, 1, 1]), ("0.2-0.6", [1, 2, 2, 1, 1])])
+def test_deepcache_with_a_guidance_interval_runs_the_deep_levels_where_the_batch_changes(make, interval, batches):
+    """Seven steps, of which the first, fourth and seventh run them anyway."""
+    pipe = make("deepcache=3", f"guidance-interval={interval}")
+    assert calls_in_picture(pipe, pipe.unet.middle_block, steps=7) == batches
+
+
+@pytest.mark.parametrize("graph", [[], ["cuda-graph"], ["loop-graph"]], ids=str)
+def test_deepcache_with_a_guidance_interval_starts_each_picture_anew(make, monkeypatch, graph):
+    """Features of the other batch, which an earlier picture has left, have the right shape too."""
+    install(monkeypatch)
+    names = ["deepcache=3", "guidance-interval=0.25-0.75"]
+    pipe = make(*names, *graph)
+    first = pixels(make(*names).generate("a cat", **DRAW))
+    for prompt in ("a dog", "a fox"):
+        pipe.generate(prompt, **{**DRAW, "seed": 9})
+    assert np.abs(pixels(pipe.generate("a cat", **DRAW)) - first).max() <= 1
 
 
 # ---- what both halves of guidance share
