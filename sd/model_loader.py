@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sd.checkpoints.errors import CheckpointError, StrPath, damaged, naming, some
-from sd.checkpoints.files import Opened, open_checkpoint
+from sd.checkpoints.files import Opened, open_checkpoint, written
 from sd.checkpoints.layouts import PREFIXES, TOKEN_IDS, TOKEN_TABLE, ema_name
 from sd.checkpoints.mapped import drop_pages
 from sd.checkpoints.saving import save
@@ -39,18 +39,18 @@ Wanted = dict[str, tuple[str, torch.Size]]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a pipeline's weights came from: what `load` was given, and when the file was written (mtime, ns)."""
+    """Where a pipeline's weights came from: what `load` was given, and when its files were written."""
 
     path: Path
     ema: bool
     dtype: torch.dtype
-    written: int
+    written: tuple[int, ...]
 
     @classmethod
     def of(cls, path: StrPath, ema: bool, dtype: torch.dtype) -> "Source":
         """Of a file that is there. The path is made absolute, but links stay: an index names files beside itself."""
         path = Path(path).absolute()
-        return cls(path, ema, dtype, path.stat().st_mtime_ns)
+        return cls(path, ema, dtype, written(path))
 
 
 def load(
@@ -93,7 +93,7 @@ def read_weights(
     """
     with naming(source.path):
         opened = open_checkpoint(source.path)
-        if source.path.stat().st_mtime_ns != source.written:
+        if written(source.path) != source.written:
             raise CheckpointError("has changed since it was loaded; load it again")
         model = dict(zip(PREFIXES, _build_checked(config), strict=True))[part]
         every = _wanted(part, model, source.ema)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sd import model_loader
-from sd.checkpoints.stamps import stamp
+from sd.checkpoints.stamps import Stamp
 from sd.clip import CLIP
 from sd.config import Config
 from sd.ddpm import add_noise, spaced_timesteps
@@ -95,7 +95,7 @@ class StableDiffusion:
         self.times: dict[str, float] = {}
         self.call = Call()
         self.optimizations: list[str] = []
-        self._loaded: dict[str, tuple] = {}
+        self._loaded: dict[str, Stamp] = {}
 
     @classmethod
     def load(
@@ -114,25 +114,25 @@ class StableDiffusion:
         path = Path(ckpt or find_checkpoint())
         if path == DEMO_CHECKPOINT:
             log.info(DEMO_NOTICE)
-        config, clip, unet, vae = model_loader.load(path, ema=ema, device=device, dtype=dtype)
+        with torch.inference_mode(False):  # so that what is written to the weights can be noticed
+            config, clip, unet, vae = model_loader.load(path, ema=ema, device=device, dtype=dtype)
         pipe = cls(config, clip, unet, vae, source=model_loader.Source.of(path, ema, dtype))
         pipe.note_loaded()
         return pipe
 
     def note_loaded(self, names: Collection[str] | None = None) -> None:
         """These parameters, `unet.out.2.bias`, or all, are now as the file of `source` has them."""
-        now = self._stamps()
-        self._loaded |= now if names is None else {name: now[name] for name in names}
+        self._loaded |= self._stamps(names)
 
     def as_loaded(self, names: Collection[str]) -> bool:
         """Whether these parameters are still what was read: then the file has them too."""
-        now = self._stamps()
-        return all(now[name] == self._loaded.get(name) for name in names)
+        return all(now == self._loaded.get(name) for name, now in self._stamps(names).items())
 
-    def _stamps(self) -> dict[str, tuple]:
-        """Of each parameter, what changes when it is written to or replaced."""
+    def _stamps(self, names: Collection[str] | None = None) -> dict[str, Stamp]:
+        """Of each parameter, or of these, what changes when it is written to or replaced."""
         parts = {"clip": self.clip, "unet": self.unet, "vae": self.vae}
-        return {f"{p}.{name}": stamp([w]) for p, model in parts.items() for name, w in model.named_parameters()}
+        weights = {f"{p}.{name}": w for p, model in parts.items() for name, w in model.named_parameters()}
+        return {name: Stamp([weights[name]]) for name in (weights if names is None else names)}
 
     def explain(self) -> "Explanation":
         """What runs in each module, and which optimization put it there: print it."""
@@ -147,9 +147,11 @@ class StableDiffusion:
         """
         if applied := getattr(self, "optimizations", []):
             raise ValueError(f"the pipeline is optimized ({', '.join(applied)}): move it first, then optimize it")
+        loaded = [name for name in self._loaded if self.as_loaded([name])]
         for model in (self.clip, self.unet, self.vae):
             model.to(device)
         self.device = torch.device(device)
+        self.note_loaded(loaded)
         return self
 
     def save(self, path: str | os.PathLike) -> None:

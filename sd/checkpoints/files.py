@@ -110,3 +110,11 @@ def _beside(index: Path, file: str) -> Path:
     if file in ("", ".", "..") or Path(file).name != file:
         raise CheckpointError(f"the index names a file outside its folder: {file}")
     return index.with_name(file)
+
+
+def written(path: Path) -> tuple[int, ...]:
+    """When a checkpoint's files were written: of a split one, the index and all that it names, in nanoseconds."""
+    files = [path]
+    if path.suffix == ".json":
+        files += [path.with_name(name) for name in sorted(set(json.loads(path.read_bytes())["weight_map"].values()))]
+    return tuple(file.stat().st_mtime_ns for file in files)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd.checkpoints.errors import CheckpointError, StrPath, naming, some
 from sd.checkpoints.layouts import PREFIXES, TOKEN_IDS, TOKEN_TABLE
@@ -52,11 +52,11 @@ def save(
 def _tensors_to_save(
     config: Config, models: tuple[CLIP, UNet, VAE], token_ids: Sequence[int] | Tensor | None
 ) -> dict[str, Tensor]:
-    tensors = {
-        PREFIXES[part] + name: tensor.detach().cpu()
-        for part, model in zip(PREFIXES, models, strict=True)
-        for name, tensor in model.state_dict().items()
-    }
+    states = {part: model.state_dict() for part, model in zip(PREFIXES, models, strict=True)}
+    named = {PREFIXES[part] + name: tensor for part, state in states.items() for name, tensor in state.items()}
+    if odd := [name for name, tensor in named.items() if type(tensor) not in (Tensor, nn.Parameter)]:
+        raise CheckpointError(f"cannot be written: some layers are quantized ({some(odd)}); undo that first")
+    tensors = {name: tensor.detach().cpu() for name, tensor in named.items()}
     _check_same_modules(config, tensors)
     if token_ids is not None:
         tensors[TOKEN_IDS] = torch.as_tensor(token_ids, dtype=torch.int64).cpu()

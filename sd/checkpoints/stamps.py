@@ -1,6 +1,7 @@
 """Whether weights have been written to or replaced since somebody looked."""
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
@@ -10,9 +11,42 @@ def address(tensor: Tensor) -> int:
     return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else id(tensor)
 
 
-def stamp(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Differs once a tensor was replaced or written to; those stamped must stay alive meanwhile.
+class Stamp:
+    """How some tensors are: equal to a later one of them as long as none was replaced or written to.
 
-    Inference tensors do not count their changes: whoever writes to one must not expect it to be seen.
+    What is written through `tensor.data` is not counted, nor to tensors that were made in inference mode; `touch` says
+    that it was done.
     """
-    return tuple((address(t), -1 if t.is_inference() else t._version) for t in tensors)
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        self.entries = [(_reference(tensor), address(tensor), _version(tensor)) for tensor in tensors]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Stamp) or len(self.entries) != len(other.entries):
+            return False
+        pairs = zip(self.entries, other.entries, strict=True)
+        return all(a[1:] == b[1:] and a[0]() is not None and a[0]() is b[0]() for a, b in pairs)
+
+    __hash__ = None
+
+
+def _reference(tensor: Tensor) -> Callable[[], object]:
+    """Which tensor it is: one that is freed leaves its address to another.
+
+    Not of subclasses, which Module.to cannot exchange while somebody refers to them.
+    """
+    return weakref.ref(tensor) if type(tensor) in (Tensor, nn.Parameter) else lambda: True
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # made in inference mode
+        return -1
+
+
+def touch(tensors: Iterable[Tensor]) -> None:
+    """Count these as written to."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            tensor.detach()[:0].zero_()  # in place, of no numbers

@@ -12,7 +12,7 @@
 
 from sd.optimizations.base import OptimizationError
 from sd.optimizations.explain import Explanation, explain
-from sd.optimizations.registry import PRESETS, apply, catalog, check, default, listing, parse, undo
+from sd.optimizations.registry import PRESETS, apply, catalog, check, default, listing, parse, undo, weights_changed
 
 __all__ = [
     "PRESETS",
@@ -26,4 +26,5 @@ __all__ = [
     "listing",
     "parse",
     "undo",
+    "weights_changed",
 ]

@@ -85,8 +85,9 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def head_size(module: nn.Module) -> int:
     """D of a module that attends: its first projection's width over its heads, of which the VAE has one."""
-    first = next(m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
-    return first.weight.shape[0] // getattr(module, "heads", 1)
+    first = next(m for m in module.modules() if hasattr(m, "out_features") or hasattr(m, "out_channels"))
+    width = first.out_channels if isinstance(first, nn.Conv2d) else first.out_features
+    return width // getattr(module, "heads", 1)
 
 
 def backend_of(choice: str, path: str, module: nn.Module, weight: Tensor) -> tuple[str, Attend]:

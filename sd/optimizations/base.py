@@ -9,20 +9,24 @@ Whatever it changes goes through the patch's verbs. So all of it can be undone a
 would throw away what another one did is refused, both named. The models and the pipeline know nothing of this file.
 """
 
+import functools
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sd.checkpoints.stamps import stamp
+from sd.checkpoints.stamps import Stamp
 from sd.guidance import Call
 from sd.model_loader import read_weights
 
 if TYPE_CHECKING:
     from sd.pipeline import StableDiffusion
+
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 class OptimizationError(ValueError):
@@ -97,7 +101,8 @@ class Optimization:
     what the plain model in that dtype is (in fp32: within a relative 1e-4).
 
     name: as --opt takes it. function(patch[, value]) applies it. value: reads what follows `name=`, raising ValueError;
-    None if it takes none. hint: how a value looks. conflicts: names that cannot stand beside it.
+    None if it takes none. hint: how a value looks. conflicts: names that cannot stand beside it. dtype: the pipeline's
+    afterwards, if it changes that.
     """
 
     name: str
@@ -109,6 +114,7 @@ class Optimization:
     conflicts: tuple[str, ...] = ()
     value: Callable[[str], Any] | None = None
     hint: str = ""
+    dtype: torch.dtype | None = None
 
     @property
     def doc(self) -> str:
@@ -118,6 +124,20 @@ class Optimization:
 def optimization(name: str, **options: Any) -> Callable[[Callable[..., None]], Optimization]:
     """Make the function below an `Optimization`, which the registry finds in its file."""
     return lambda function: Optimization(name, function, **options)
+
+
+def in_the_weights_mode(function: Callable[Concatenate["StableDiffusion", P], T]) -> Callable[..., T]:
+    """Run a function of a pipeline outside of inference mode, unless the pipeline was made in it.
+
+    Tensors that are made in inference mode do not tell when they are written to.
+    """
+
+    @functools.wraps(function)
+    def wrapped(pipe: "StableDiffusion", *args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(next(pipe.unet.parameters()).is_inference()), torch.no_grad():
+            return function(pipe, *args, **kwargs)
+
+    return wrapped
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -151,6 +171,8 @@ def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     A layer whose class has a method `without_bias(x)` does it its own way; of one that has not, the bias is in the
     result already, and None is returned for it.
     """
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        return layer(x), None
     if type(layer) is nn.Conv2d:
         return layer._conv_forward(x, layer.weight, None), layer.bias
     if type(layer) is nn.Linear:
@@ -167,7 +189,8 @@ def product_of(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 def added(conv: nn.Module, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """conv(x) + shift [B or 1, C] + residual [B, C, H, W]; at once where its class has a method `added` for that."""
-    if hasattr(conv, "added"):
+    called_otherwise = conv._forward_hooks or conv._forward_pre_hooks or "forward" in vars(conv)
+    if hasattr(conv, "added") and not called_otherwise:
         return conv.added(x, shift, residual)
     y = conv(x)
     y = y if shift is None else y + shift[:, :, None, None]
@@ -210,8 +233,8 @@ class Converted:
     names: tuple[str, ...]
     back: Callable[[], None] | None
     from_file: bool
-    before: tuple = ()
-    after: tuple = ()
+    before: Stamp | None = None
+    after: Stamp | None = None
 
 
 @dataclass
@@ -243,16 +266,23 @@ class Record:
         self._hook: Any = None
 
     def patch(self, name: str) -> "Patch":
+        """What the next switch may do. From the first on, what is derived is refreshed before each call of the UNet."""
+        if self._hook is None:
+            # A function, since a method's object would be copied with the UNet.
+            before = lambda unet, inputs, named: self._before_call(unet, inputs, named)  # noqa: E731
+            self._hook = self.pipe.unet.register_forward_pre_hook(before, with_kwargs=True)
         self.patches.append(Patch(self, name))
         return self.patches[-1]
 
+    def _before_call(self, unet: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+        if unet is not self.pipe.unet:  # whose modules and derived weights it would use
+            raise OptimizationError(
+                "this UNet is a copy of an optimized one: undo the optimizations, copy, apply again"
+            )
+        self.refresh(inputs[2] if len(inputs) > 2 else named["context"])
+
     def parts(self) -> dict[str, nn.Module]:
         return {"clip": self.pipe.clip, "unet": self.pipe.unet, "vae": self.pipe.vae}
-
-    def watch(self) -> None:
-        """From now on, refresh before each call of the UNet."""
-        if self._hook is None:
-            self._hook = self.pipe.unet.register_forward_pre_hook(lambda unet, inputs: self.refresh(inputs[2]))
 
     def refresh(self, context: Tensor) -> None:
         """Bring all that is derived from weights or text up to date: for whoever runs the UNet without calling it."""
@@ -277,15 +307,9 @@ class Record:
         befores = ((patch.name, patch.before.get(id(owner))) for patch in reversed(self.patches))
         return next((switch for switch, before in befores if before and name in before.names), None)
 
-    def finish(self) -> None:
-        """All is applied: from now on, weights that somebody writes to are told from those that were converted."""
-        for patch in self.patches:
-            for one in patch.converted:
-                one.after = self.stamp(one)
-
-    def stamp(self, one: Converted) -> tuple:
+    def stamp(self, one: Converted) -> Stamp:
         parameters = dict(self.parts()[one.part].named_parameters())
-        return stamp(parameters[name] for name in one.names if name in parameters)
+        return Stamp(parameters[name] for name in one.names if name in parameters)
 
     def undo(self, patches: "list[Patch] | None" = None) -> None:
         """Take these patches back, which must be the last ones; without any, all: then the pipeline is the plain one.
@@ -295,7 +319,7 @@ class Record:
         undone = list(self.patches if patches is None else patches)
         files = self._weights_of_file(undone)
         for patch in reversed(undone):
-            patch.undo(files)
+            patch.take_back(files)
             self.patches.remove(patch)
         for part, weights in files.items():
             _assign(self.parts()[part], weights)
@@ -352,7 +376,8 @@ class Patch:
         self.contexts: list[Callable[[Tensor], Tensor | None]] = []
         self.keys: list[Callable[[Call], object]] = []
         self.seams: list[str] = []
-        self.labels: dict[int, str] = {}  # for `explain`, by id of the module
+        self.labels: dict[int, str] = {}  # for `explain`, by id of the module: what computes there
+        self.notes: dict[int, str] = {}  # and when
 
     # What a switch may do.
 
@@ -403,6 +428,8 @@ class Patch:
     def replace(self, model: nn.Module, path: str, module: nn.Module) -> None:
         """Put another module in the place of one, whose weights are given up: they come back from the file."""
         plain = model.get_submodule(path)
+        if other := next(filter(None, (self.record.class_by(part) for part in plain.modules())), None):
+            raise self._would_undo(other, plain)
         self.converts(model, [f"{path}.{name}" for name, _ in plain.named_parameters()])
         self.replaced.append((model, path, plain))
         model.set_submodule(path, module)
@@ -417,7 +444,11 @@ class Patch:
         """
         part = next(name for name, one in self.record.parts().items() if one is model)
         names = tuple(names if names is not None else dict(model.named_parameters()))
-        from_file = self.pipe.as_loaded([f"{part}.{name}" for name in names])
+        # What another switch has converted comes from the file again, if it was the file's then.
+        earlier = {
+            f"{one.part}.{n}" for p in self.record.patches for one in p.converted if one.from_file for n in one.names
+        }
+        from_file = self.pipe.as_loaded({f"{part}.{name}" for name in names} - earlier)
         self.converted.append(Converted(part, names, back, from_file))
         self.converted[-1].before = self.record.stamp(self.converted[-1])
         self.changes += 1
@@ -427,18 +458,20 @@ class Patch:
 
         That is where what is derived from weights or text is brought up to date, in memory that stays where it is.
         """
-        self.record.watch()
         self.refreshers.append(refresh)
         self.changes += 1
 
     def also_predicts(self, context: Callable[[Tensor], Tensor | None]) -> None:
         """context(the context that the UNet is called with) -> another one that it is called with inside, or None."""
-        self.record.watch()
         self.contexts.append(context)
 
     def within(self, *modules: nn.Module) -> None:
         """Say that what these compute is done by the module around them, which has another class now."""
         self.labels |= {id(module): "by the module around it" for module in modules}
+
+    def seldom(self, when: str, *modules: nn.Module) -> None:
+        """Say that these compute "once a prompt" or so, and not at every call."""
+        self.notes |= {id(module): when for module in modules}
 
     def key(self, key: Callable[[Call], object]) -> None:
         """key(call) is what a captured graph of the UNet must tell apart."""
@@ -457,7 +490,12 @@ class Patch:
         setattr(owner, name, value)
         self.changes += 1
 
-    def undo(self, files: dict[str, dict[str, Tensor]]) -> None:
+    def finish(self) -> None:
+        """It is applied: from now on, weights that somebody writes to are told from those that were converted."""
+        for one in self.converted:
+            one.after = self.record.stamp(one)
+
+    def take_back(self, files: dict[str, dict[str, Tensor]]) -> None:
         """files: the weights of each part that will be read from the checkpoint, so that they need no way back."""
         for model, path, plain in reversed(self.replaced):
             model.set_submodule(path, plain)

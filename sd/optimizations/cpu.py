@@ -97,9 +97,11 @@ def cpu_linear(patch: Patch) -> None:
     Helps: GEGLU, whose projection is the largest activation. Hurts: CPUs without AVX2, for which nothing is tuned.
     """
     for layer in patch.modules(nn.Linear, patch.unet, patch.vae):
-        patch.swap(layer, FastLinear)
+        if readable(layer.weight):  # not quantized
+            patch.swap(layer, FastLinear)
     for layer in patch.modules(GEGLU, patch.unet):
-        patch.swap(layer, FastGEGLU)
+        if type(layer.proj) is FastLinear:
+            patch.swap(layer, FastGEGLU)
     for layer in patch.modules(nn.Conv2d, patch.unet, patch.vae):
         if layer.kernel_size == (1, 1):
             patch.swap(layer, FastPointwise)

@@ -21,11 +21,18 @@ class DeepFeatures:
     def __init__(self, interval: int, call: Call):
         self.interval = interval
         self.call = call
+        self.between = (
+            False  # kept here, and not asked of the call: compiled code is made anew for each number of a step
+        )
         self.features: dict[Hashable, Tensor] = {}  # by the shape of the latents
+
+    def start(self, context: Tensor) -> None:
+        """A call of the UNet begins."""
+        self.between = self.call.step % self.interval != 0
 
     def reuses(self, call: Call) -> bool:
         """Whether a call takes what an earlier one has left."""
-        return not call.anew and call.step % self.interval != 0
+        return self.between and not call.anew
 
     def __call__(self, unet: StagedUNet, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         """Latents x to the last output block's features."""
@@ -59,4 +66,5 @@ def deepcache(patch: Patch, interval: int = 3) -> None:
     """
     deep = DeepFeatures(interval, patch.call)
     patch.swap(patch.unet, StagedUNet, deep=deep)
+    patch.before_predict(deep.start)
     patch.key(deep.reuses)

@@ -82,6 +82,7 @@ def _switches(record: Record, part: str, name: str, module: nn.Module) -> tuple[
         if id(module) in patch.before
         or id(module) in patch.swapped
         or id(module) in patch.labels
+        or id(module) in patch.notes
         or any(one.part == part and weights.intersection(one.names) for one in patch.converted)
     )
 
@@ -89,15 +90,19 @@ def _switches(record: Record, part: str, name: str, module: nn.Module) -> tuple[
 def _kernel(record: Record, module: nn.Module) -> str:
     """What computes in a module, or "" for one that only calls others."""
     labels = [patch.labels[id(module)] for patch in record.patches if id(module) in patch.labels]
+    notes = [patch.notes[id(module)] for patch in record.patches if id(module) in patch.notes]
     own = getattr(module, "kernel", "")
     if hasattr(module, "attend"):
-        return ", ".join(filter(None, (own, f"attention: {(labels or [_plain_backend(module)])[-1]}")))
-    if labels or own:
-        return [own, *labels][-1]
-    touched = any(id(module) in patch.before for patch in record.patches)
-    if isinstance(module, NOTABLE) or (touched and type(module).__module__.startswith("torch")):
-        return PLAIN
-    return "wrapped" if "forward" in vars(module) else ""
+        kernel = ", ".join(filter(None, (own, f"attention: {(labels or [_plain_backend(module)])[-1]}")))
+    elif labels or own:
+        kernel = [own, *labels][-1]
+    elif "forward" in vars(module):
+        kernel = f"{PLAIN}, wrapped" if isinstance(module, NOTABLE) else "wrapped"
+    elif isinstance(module, NOTABLE) or any(id(module) in patch.before for patch in record.patches):
+        kernel = PLAIN
+    else:
+        return ""
+    return ", ".join([kernel, *notes])
 
 
 def _plain_backend(module: nn.Module) -> str:

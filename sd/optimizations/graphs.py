@@ -209,8 +209,8 @@ class GraphedLoop:
 
         inputs = x, context, AsyncNoise(noise).draw(count_draws(sampler, timesteps), x)
         key = (_shapes(inputs), cfg_scale, sampler, tuple(timesteps))
+        self.done.refresh(context)  # first, since weights that are packed anew move
         recording = self.recordings.get(key, loop, inputs)
-        self.done.refresh(context)
         for place, value in zip(recording.inputs, inputs, strict=True):
             place.copy_(value)
         recording.replay()

@@ -7,7 +7,7 @@ convolution itself: 1280 to 1280 channels on 4x4 positions take 50 ms, of which 
 import torch
 from torch import Tensor, nn
 
-from sd.checkpoints.stamps import stamp
+from sd.checkpoints.stamps import Stamp
 from sd.optimizations.base import Need, Patch, Stage, here, optimization
 from sd.pipeline import StableDiffusion
 
@@ -28,28 +28,28 @@ def supported() -> bool:
 class PrepackedConv(nn.Conv2d):
     kernel = "oneDNN, packed once"
     packed: Tensor
-    packed_stamp: tuple
+    packed_stamp: Stamp | None
 
     def forward(self, x: Tensor) -> Tensor:
         layout = self.padding, self.stride, self.dilation, self.groups
-        if stamp((self.weight,)) != self.packed_stamp:
+        if Stamp((self.weight,)) != self.packed_stamp:
             # Packed for the first shape it serves every other as well; packed for none it is up to 20 times slower.
             weight = self.weight.detach().to_mkldnn()
             self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *layout, list(x.shape))
-            self.packed_stamp = stamp((self.weight,))
+            self.packed_stamp = Stamp((self.weight,))
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *layout, "none", [], "")
 
 
 class PrepackedLinear(nn.Linear):
     kernel = "oneDNN, packed once"
     packed: Tensor
-    packed_stamp: tuple
+    packed_stamp: Stamp | None
 
     def forward(self, x: Tensor) -> Tensor:
-        if stamp((self.weight,)) != self.packed_stamp:
+        if Stamp((self.weight,)) != self.packed_stamp:
             rows = x.numel() // x.shape[-1]
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().contiguous(), rows)
-            self.packed_stamp = stamp((self.weight,))
+            self.packed_stamp = Stamp((self.weight,))
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
@@ -71,5 +71,5 @@ def prepacked(patch: Patch) -> None:
     """
     for plain, kind in PREPACKED.items():
         for layer in patch.modules(plain):
-            if layer.weight.numel() >= MIN_WEIGHTS:
-                patch.swap(layer, kind, packed_stamp=())
+            if type(layer.weight) is nn.Parameter and layer.weight.numel() >= MIN_WEIGHTS:  # not quantized
+                patch.swap(layer, kind, packed_stamp=None)

@@ -18,7 +18,9 @@ def _cast(patch: Patch, dtype: torch.dtype) -> None:
     patch.set(patch.pipe, "dtype", dtype)
 
 
-@optimization("fp16", stage=Stage.PRECISION, exact=False, summary="weights and activations in fp16")
+@optimization(
+    "fp16", stage=Stage.PRECISION, exact=False, summary="weights and activations in fp16", dtype=torch.float16
+)
 def fp16(patch: Patch) -> None:
     """Weights and activations in fp16. Approximate; what CUDA devices start with.
 
@@ -28,7 +30,12 @@ def fp16(patch: Patch) -> None:
 
 
 @optimization(
-    "bf16", stage=Stage.PRECISION, exact=False, summary="weights and activations in bf16", conflicts=("fp16",)
+    "bf16",
+    stage=Stage.PRECISION,
+    exact=False,
+    summary="weights and activations in bf16",
+    conflicts=("fp16",),
+    dtype=torch.bfloat16,
 )
 def bf16(patch: Patch) -> None:
     """Weights and activations in bf16: the range of fp32, and 8 bits of precision where fp16 has 11. Approximate.

@@ -3,7 +3,7 @@
 Axes: B batch, C channels, S text tokens, N heads, D head size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sd.attention import merge_heads, split_heads
 from sd.checkpoints.stamps import address
 from sd.optimizations.base import Patch, Stage, optimization, product_of
-from sd.unet import BasicTransformerBlock, CrossAttention
+from sd.unet import BasicTransformerBlock, CrossAttention, UNet
 
 
 class Packed:
@@ -74,22 +74,28 @@ def packed_qkv(patch: Patch) -> None:
     Helps: small products, which leave a large chip idle. Hurts: nothing known; the weights keep their names as views.
     Beside kv-cache, which projects the text once a prompt, self-attention alone is packed.
     """
-    for path, block in patch.unet.named_modules():
+    packs = [pack for pack in _packs(patch.unet) if _can_be_packed(pack[1], pack[3])]
+    layers = {f"{path}.{name}": getattr(attention, name) for path, attention, _, names in packs for name in names}
+    if packs:
+        patch.converts(patch.unet, [f"{path}.weight" for path in layers], back=lambda: _unpack(layers.values()))
+    for _, attention, kind, names in packs:
+        packed = Packed(getattr(attention, name) for name in names)
+        patch.swap(attention, kind, packed=packed)
+        patch.within(*packed.layers)
+        patch.before_predict(packed.refresh)
+
+
+def _packs(unet: UNet) -> Iterator[tuple[str, CrossAttention, type[CrossAttention], tuple[str, ...]]]:
+    """The attentions of the UNet: path, module, the class for it, and the projections that it packs."""
+    for path, block in unet.named_modules():
         if isinstance(block, BasicTransformerBlock):
-            _pack(patch, f"{path}.attn1", block.attn1, PackedSelfAttention, ("to_q", "to_k", "to_v"))
-            _pack(patch, f"{path}.attn2", block.attn2, PackedCrossAttention, ("to_k", "to_v"))
+            yield f"{path}.attn1", block.attn1, PackedSelfAttention, ("to_q", "to_k", "to_v")
+            yield f"{path}.attn2", block.attn2, PackedCrossAttention, ("to_k", "to_v")
 
 
-def _pack(patch: Patch, path: str, attention: CrossAttention, kind: type, names: tuple[str, ...]) -> None:
-    layers = [getattr(attention, name) for name in names]
-    # Another switch's attention projects in its own way, and some layers are no product of a weight.
-    if type(attention) is not CrossAttention or any(product_of(layer) is None for layer in layers):
-        return
-    patch.converts(patch.unet, [f"{path}.{name}.weight" for name in names], back=lambda: _unpack(layers))
-    packed = Packed(layers)
-    patch.swap(attention, kind, packed=packed)
-    patch.within(*layers)
-    patch.before_predict(packed.refresh)
+def _can_be_packed(attention: CrossAttention, names: tuple[str, ...]) -> bool:
+    """Another switch's attention projects in its own way, and some layers are no product of a weight."""
+    return type(attention) is CrossAttention and all(product_of(getattr(attention, name)) for name in names)
 
 
 def _unpack(layers: Iterable[nn.Linear]) -> None:

@@ -65,6 +65,7 @@ from sd.optimizations.base import (
     Stage,
     capability,
     here,
+    in_the_weights_mode,
     optimization,
     record_of,
 )
@@ -118,6 +119,7 @@ def digest(unet: nn.Module, names: Collection[str]) -> str:
     return hashed.hexdigest()
 
 
+@in_the_weights_mode
 def quantize(pipe: StableDiffusion, scheme: str, layers: Collection[str] | None = None, **options: Any) -> None:
     """Quantize some layers of a plain pipeline's UNet, before `apply` and for `undo`, as the scheme's switch does all.
 
@@ -127,6 +129,7 @@ def quantize(pipe: StableDiffusion, scheme: str, layers: Collection[str] | None 
     switch = SCHEMES[scheme]
     if missing := switch.needs.why_not(pipe):
         raise OptimizationError(f"{switch.name} needs {switch.needs.text}; {missing}")
+    check_plain(pipe)
     record = record_of(pipe) or Record(pipe)
     patch = record.patch(switch.name)
     try:
@@ -134,8 +137,14 @@ def quantize(pipe: StableDiffusion, scheme: str, layers: Collection[str] | None 
     except BaseException:
         record.undo([patch])
         raise
-    record.finish()
+    patch.finish()
     pipe.record = record
+
+
+def check_plain(pipe: StableDiffusion) -> None:
+    """Raise OptimizationError if optimizations were applied: they build on the layers that are there."""
+    if pipe.optimizations:
+        raise OptimizationError(f"quantize first: this pipeline has {', '.join(pipe.optimizations)}; undo that")
 
 
 # --- torchao: one call a scheme ---------------------------------------------------------------------------------------
@@ -337,7 +346,7 @@ def _sharing_weights(cls: type[nn.Module], plain: nn.Module, *args: int) -> nn.M
     exact=False,
     summary="int8 attention and feed-forward, calibrated",
     needs=CPU,
-    conflicts=("compile", "fused-geglu", "fused-layernorm"),
+    conflicts=("compile", "fused-geglu", "fused-layernorm", "fp16", "bf16"),
 )
 def int8_static(
     patch: Patch,

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
-from sd.optimizations.base import Record, record_of
+from sd.optimizations.base import Record, in_the_weights_mode, record_of
 from sd.optimizations.quantization import (
     FLOAT8,
     STATIC_TWINS,
     SWITCHES,
     Quantization,
+    check_plain,
     chosen_layers,
     digest,
     engine_set,
@@ -59,12 +60,14 @@ def save_quantized(pipe: StableDiffusion, path: str | os.PathLike) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
 
 
+@in_the_weights_mode
 def load_quantized(pipe: StableDiffusion, path: str | os.PathLike) -> None:
     """Put the layers of a file by `save_quantized` into a plain pipeline: no calibration, bit for bit the saved model.
 
     The pipeline must hold the weights and the dtype that the file was made from. Nothing in the file is executed.
     Raises FileNotFoundError, or ValueError for a file that does not fit the pipeline or the machine.
     """
+    check_plain(pipe)
     metadata, tensors = _read(path, pipe.device)
     with _readable(path):
         done = _quantization(json.loads(metadata["quantization"]))
@@ -76,16 +79,20 @@ def load_quantized(pipe: StableDiffusion, path: str | os.PathLike) -> None:
         raise ValueError(f"{path} was made from other weights than those loaded: another checkpoint, or a changed one")
     record = record_of(pipe) or Record(pipe)
     patch = record.patch(done.switch)
-    with logged_size(pipe):
-        with _readable(path):
-            if done.scheme == "int8_static":
-                new = _unflatten_static(pipe.unet, names, tensors, done.engine)
-            else:
-                new = _unflatten_torchao(pipe.unet, names, tensors, attributes)
-        for name, module in new.items():
-            patch.replace(pipe.unet, name, module)
-    patch.set(pipe.unet, "quantization", done)
-    record.finish()
+    try:
+        with logged_size(pipe):
+            with _readable(path):
+                if done.scheme == "int8_static":
+                    new = _unflatten_static(pipe.unet, names, tensors, done.engine)
+                else:
+                    new = _unflatten_torchao(pipe.unet, names, tensors, attributes)
+            for name, module in new.items():
+                patch.replace(pipe.unet, name, module)
+        patch.set(pipe.unet, "quantization", done)
+    except BaseException:
+        record.undo([patch])
+        raise
+    patch.finish()
     pipe.record = record
 
 

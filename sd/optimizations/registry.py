@@ -8,12 +8,24 @@ import importlib
 import logging
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from sd.optimizations.base import Optimization, OptimizationError, Patch, Record, here, record_of
+import torch
+
+from sd.checkpoints.stamps import touch
+from sd.optimizations.base import (
+    Optimization,
+    OptimizationError,
+    Patch,
+    Record,
+    here,
+    in_the_weights_mode,
+    record_of,
+)
 from sd.pipeline import StableDiffusion
 
 log = logging.getLogger(__name__)
@@ -105,6 +117,8 @@ def _words(names: str | Iterable[str]) -> Iterator[str]:
 def read(text: str, preset: str = "") -> Choice:
     """`name` or `name=value`. Raises OptimizationError for a name that is none, or a value that it does not take."""
     name, given, value = text.partition("=")
+    if name in PRESETS:
+        raise OptimizationError(f"{name} is a preset and takes no value, so not {text!r}")
     if name not in catalog():
         near = difflib.get_close_matches(name, [*catalog(), *PRESETS], n=1)
         raise OptimizationError(f"no optimization {name!r}; " + (f"is it {near[0]!r}?" if near else "see --list-opts"))
@@ -126,9 +140,12 @@ def parse(names: str | Iterable[str], pipe: StableDiffusion, memory_budget: str 
     Raises OptimizationError for an unknown name or value.
     """
     chosen: dict[str, Choice] = {}
-    for choice in (*_read_all(names, pipe), *(read(text, "--memory-budget") for text in within(memory_budget))):
-        if not choice.preset or chosen.get(choice.name, choice).preset:
-            chosen[choice.name] = choice
+    bounds = (read(text, "the memory budget") for text in within(memory_budget))
+    for choice in (*_read_all(names, pipe), *bounds):
+        named = chosen.get(choice.name, choice)
+        if not choice.preset or named.preset or not named.arguments:
+            # A name that was typed without a value takes the budget's, and counts as typed all the same.
+            chosen[choice.name] = choice if not choice.preset or named.preset else replace(choice, preset="")
     return [chosen[name] for name in catalog() if name in chosen]
 
 
@@ -167,13 +184,14 @@ def within(budget: str | float | None) -> tuple[str, ...]:
     except ValueError:
         gigabytes = 0.0
     if not 4.5 <= gigabytes < 1000:
-        raise OptimizationError(f"--memory-budget must be low, or gigabytes from 4.5 on, not {budget}")
+        raise OptimizationError(f"the memory budget must be low, or gigabytes from 4.5 on, not {budget}")
     return f"winograd={max(0.0, gigabytes - OTHERWISE):.2f}", "page-out"
 
 
 # ---- applying
 
 
+@in_the_weights_mode
 def apply(
     pipe: StableDiffusion, names: str | Iterable[str] = "default", memory_budget: str | float | None = None
 ) -> list[str]:
@@ -181,32 +199,74 @@ def apply(
 
     names: a string as "exact,deepcache=3", or several names; a preset's that cannot run here are left out and told in
     one line of the log. memory_budget: "low" or gigabytes that SD 1.5 may take at 512x512 on a CPU in fp32.
-    Raises OptimizationError, with the pipeline as it was, if a named one cannot run here or beside another, or if the
-    pipeline is optimized already.
+    Raises OptimizationError if a named one cannot run here or beside another, or if the pipeline is optimized already.
+    The pipeline is as it was then; but one that converts weights which no file holds stays applied, and recorded.
     """
     if pipe.optimizations:
         raise OptimizationError(f"this pipeline is optimized already: {', '.join(pipe.optimizations)}; undo that first")
     chosen, left_out = _possible(parse(names, pipe, memory_budget), pipe)
-    while True:
-        fails = _attempt(pipe, chosen)
-        if fails is None:
-            break
-        choice, error = fails
-        if not choice.preset:
-            raise error
-        chosen = [one for one in chosen if one is not choice]
-        left_out.append((choice, str(error).removeprefix(f"{choice.name} ")))
+    record = record_of(pipe) or Record(pipe)
+    applied: list[tuple[Choice, Patch]] = []
+    for choice in chosen:
+        patch = record.patch(choice.name)
+        try:
+            _apply_one(choice, patch)
+        except BaseException as error:
+            expected = isinstance(error, OptimizationError)
+            undone = [] if expected and choice.preset else applied
+            _roll_back(pipe, record, [*undone, (choice, patch)], error)
+            if not (expected and choice.preset):
+                raise
+            left_out.append((choice, str(error).removeprefix(f"{choice.name} ")))
+        else:
+            applied.append((choice, patch))
+    if record.patches:
+        pipe.record = record
+    pipe.optimizations = [choice.text for choice, _ in applied]
     _tell(left_out)
-    return pipe.optimizations
+    return list(pipe.optimizations)
+
+
+def _apply_one(choice: Choice, patch: Patch) -> None:
+    if missing := choice.optimization.needs.why_not(patch.pipe):  # as those before it have left the pipeline
+        raise OptimizationError(f"{choice.name} needs {choice.optimization.needs.text}; {missing}")
+    choice.optimization.function(patch, *choice.arguments)
+    if not patch.changes:
+        raise OptimizationError(f"{choice.name} finds nothing left to do in this pipeline, which is {here(patch.pipe)}")
+    patch.finish()
+
+
+def _roll_back(pipe: StableDiffusion, record: Record, undone: list[tuple[Choice, Patch]], error: BaseException) -> None:
+    """Take these back, the last first. What cannot be stays applied and recorded, and an error says so."""
+    for _, patch in reversed(undone):
+        try:
+            record.undo([patch])
+        except (ValueError, OSError) as lost:  # of the checkpoint's file too
+            pipe.record = record
+            stays = [other.text for other, patch in undone if patch in record.patches]
+            pipe.optimizations = stays
+            raise OptimizationError(f"{error}; {', '.join(stays)} stays applied: {lost}") from error
+
+
+class _Future:
+    """A pipeline as it will be in another dtype, for what needs look at."""
+
+    def __init__(self, pipe: StableDiffusion, dtype: torch.dtype):
+        self._pipe, self.dtype = pipe, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
 
 
 def _possible(choices: list[Choice], pipe: StableDiffusion) -> tuple[list[Choice], list[tuple[Choice, str]]]:
     """Those that can run here and beside each other, and those left out with the reason. What was typed is kept, or
     raises OptimizationError."""
+    dtype = next((choice.optimization.dtype for choice in choices if choice.optimization.dtype), None)
+    future = _Future(pipe, dtype) if dtype else pipe
     kept: list[Choice] = []
     left_out: list[tuple[Choice, str]] = []
     for choice in sorted(choices, key=lambda choice: bool(choice.preset)):  # what was typed comes first
-        if reason := _why_not(choice, kept, pipe):
+        if reason := _why_not(choice, kept, future):
             if not choice.preset:
                 raise OptimizationError(f"{choice.name} {reason}")
             left_out.append((choice, reason))
@@ -220,9 +280,8 @@ def _why_not(choice: Choice, others: list[Choice], pipe: StableDiffusion) -> str
     need = choice.optimization.needs
     if missing := need.why_not(pipe):
         return f"needs {need.text}; {missing}"
-    names = [other.name for other in others] + _loaded(pipe)
     conflicts = choice.optimization.conflicts
-    for other in names:
+    for other in [other.name for other in others] + _loaded(pipe):
         if other in conflicts or choice.name in catalog()[other].conflicts:
             return f"cannot be combined with {other}"
     return ""
@@ -234,35 +293,7 @@ def _loaded(pipe: StableDiffusion) -> list[str]:
     return [done.switch] if done else []
 
 
-def _attempt(pipe: StableDiffusion, chosen: list[Choice]) -> tuple[Choice, OptimizationError] | None:
-    """Apply them all; or, with the pipeline as it was, the first that found out that it cannot, and why."""
-    record = record_of(pipe) or Record(pipe)
-    patches = []
-    for choice in chosen:
-        patches.append(record.patch(choice.name))
-        try:
-            choice.optimization.function(patches[-1], *choice.arguments)
-            if not patches[-1].changes:
-                raise OptimizationError(f"{choice.name} finds nothing to do in this pipeline, which is {here(pipe)}")
-        except BaseException as error:
-            _roll_back(record, patches, error)
-            if isinstance(error, OptimizationError):
-                return choice, error
-            raise
-    if chosen:
-        record.finish()
-        pipe.record = record
-        pipe.optimizations = [choice.text for choice in chosen]
-    return None
-
-
-def _roll_back(record: Record, patches: list[Patch], error: BaseException) -> None:
-    try:
-        record.undo(patches)
-    except OptimizationError as lost:
-        raise OptimizationError(f"{error}; and {lost}") from error
-
-
+@in_the_weights_mode
 def undo(pipe: StableDiffusion) -> None:
     """Make an optimized pipeline the plain one again, bit for bit; it can be optimized anew.
 
@@ -284,6 +315,16 @@ def _tell(left_out: list[tuple[Choice, str]]) -> None:
                 by_reason.setdefault(reason, []).append(choice.name)
         told = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
         log.log(logging.DEBUG if preset == "default" else logging.INFO, "%s leaves out %s", preset, told)
+
+
+@in_the_weights_mode
+def weights_changed(pipe: StableDiffusion) -> None:
+    """Tell that weights were written to through `.data`, which nobody can notice: all that is derived is made again.
+
+    What is written in place or loaded, under no_grad, is noticed without this.
+    """
+    for model in (pipe.clip, pipe.unet, pipe.vae):
+        touch(model.parameters())
 
 
 # ---- listing

@@ -6,7 +6,7 @@ Axes: B batch, C channels, S text tokens, N heads, D head size.
 from torch import Tensor
 
 from sd.attention import merge_heads, split_heads
-from sd.checkpoints.stamps import stamp
+from sd.checkpoints.stamps import Stamp
 from sd.optimizations.base import Patch, Stage, optimization
 from sd.unet import BasicTransformerBlock, CrossAttention
 
@@ -42,11 +42,11 @@ class TextKeys:
 
     def __init__(self, attentions: list[CachedCrossAttention]):
         self.attentions = attentions
-        self.seen: dict[tuple[int, ...], tuple[Tensor, tuple]] = {}
+        self.seen: dict[tuple[int, ...], tuple[Tensor, Stamp]] = {}
 
     def refresh(self, context: Tensor) -> None:
-        current = stamp((context, *(layer.weight for a in self.attentions for layer in (a.to_k, a.to_v))))
-        seen, seen_stamp = self.seen.get(tuple(context.shape), (None, ()))
+        current = Stamp((context, *(layer.weight for a in self.attentions for layer in (a.to_k, a.to_v))))
+        seen, seen_stamp = self.seen.get(tuple(context.shape), (None, None))
         if context is seen and current == seen_stamp:
             return
         for attention in self.attentions:
@@ -65,6 +65,6 @@ def kv_cache(patch: Patch) -> None:
     attentions = [block.attn2 for block in blocks if type(block.attn2) is CrossAttention]
     for attention in attentions:
         patch.swap(attention, CachedCrossAttention, keys_values={})
-        patch.within(attention.to_k, attention.to_v)
+        patch.seldom("once a prompt", attention.to_k, attention.to_v)
     if attentions:
         patch.before_predict(TextKeys(attentions).refresh)

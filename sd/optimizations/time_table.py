@@ -6,7 +6,7 @@ Axes: B batch, E all channels that residual blocks add a timestep to.
 import torch
 from torch import Tensor, nn
 
-from sd.checkpoints.stamps import stamp
+from sd.checkpoints.stamps import Stamp
 from sd.ddpm import TRAIN_STEPS
 from sd.optimizations.base import Patch, Stage, optimization
 from sd.optimizations.staged_unet import StagedUNet
@@ -32,7 +32,7 @@ class TimeTable:
         self.time_embed = unet.time_embed
         self.blocks = [m.emb_layers for m in unet.modules() if isinstance(m, ResBlock)]
         self.rows: Tensor | None = None
-        self.stamp: tuple = ()
+        self.stamp: Stamp | None = None
 
     def __call__(self, t: Tensor) -> Tensor:
         """Timesteps t [] or [B] -> [1 or B, E]. Those between the integers are computed."""
@@ -41,7 +41,7 @@ class TimeTable:
         return self.rows.index_select(0, t.reshape(-1))  # not rows[t], which makes the host wait for t's value
 
     def refresh(self, context: Tensor) -> None:
-        current = stamp(p for part in (self.time_embed, *self.blocks) for p in part.parameters())
+        current = Stamp(p for part in (self.time_embed, *self.blocks) for p in part.parameters())
         if current == self.stamp:
             return
         rows = self._compute(torch.arange(TRAIN_STEPS, device=self.time_embed[0].weight.device))
@@ -66,6 +66,6 @@ def time_cache(patch: Patch) -> None:
     for layers in table.blocks:
         stop = start + layers[1].out_features
         patch.swap(layers, TimeSlice, start=start, stop=stop)
-        patch.within(layers[1])
+        patch.seldom("once a model", layers[1])
         start = stop
     patch.before_predict(table.refresh)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from sd import unet, vae
 from sd.checkpoints.mapped import mapped, page_out
-from sd.checkpoints.stamps import stamp
+from sd.checkpoints.stamps import Stamp
 from sd.kernels import native
 from sd.models import build
 from sd.optimizations.base import CPU_FP32, Patch, Stage, optimization
@@ -210,11 +210,11 @@ class WinogradConv(nn.Conv2d):
     upsampled: bool
     kept: bool
     transformed_kernel: Tensor
-    kernel_stamp: tuple
+    kernel_stamp: Stamp | None
 
     @property
     def kernel(self) -> str:
-        way = f"Winograd F({self.m}x{self.m})" if self.m else "direct"
+        way = f"Winograd F({self.m}x{self.m}) where faster" if self.m else "direct"
         return f"{way}, {'C++' if self.native else 'PyTorch'}{', upsampling within' if self.upsampled else ''}"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -251,9 +251,9 @@ class WinogradConv(nn.Conv2d):
         """The kernel, made when first needed and again after the weights changed."""
         if not self.kept:
             return self._transform()
-        if stamp((self.weight,)) != self.kernel_stamp:
+        if Stamp((self.weight,)) != self.kernel_stamp:
             self.transformed_kernel = self._transform()
-            self.kernel_stamp = stamp((self.weight,))
+            self.kernel_stamp = Stamp((self.weight,))
             for weight in mapped([self.weight]):
                 page_out(weight)
         return self.transformed_kernel
@@ -345,7 +345,7 @@ def winograd(patch: Patch, gigabytes: float = 3.4) -> None:
     upsampled = {module.conv for kind in UPSAMPLES for module in patch.modules(kind, patch.unet, patch.vae.decoder)}
     for use in uses:
         layer = use.layer
-        own = {"m": chosen[layer], "rates": rates, "native": in_cpp, "kept": use.kept, "kernel_stamp": ()}
+        own = {"m": chosen[layer], "rates": rates, "native": in_cpp, "kept": use.kept, "kernel_stamp": None}
         patch.swap(layer, WinogradConv, upsampled=layer in upsampled, **own)
     for kind in UPSAMPLES:
         for module in patch.modules(kind, patch.unet, patch.vae.decoder):

@@ -1,7 +1,9 @@
 """A stand-in for CUDA graphs on a CPU: what a capture computes is recorded, and replayed into the same memory.
 
 So `cuda-graph` and `loop-graph` run as they are written. A replay runs no Python of theirs, only the recorded
-operations on the tensors that they were recorded with: whatever a graph does not notice, it does not notice here.
+operations on the tensors that they were recorded with: a prompt, weight or phase that a graph does not notice, it does
+not notice here. What it does not show is memory that a graph reads after it was freed, streams, and kernels that
+PyTorch's dispatcher does not see.
 """
 
 import contextlib
@@ -18,8 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from sd.optimizations import base, registry
 
-NOT_IN_A_CAPTURE = ("_local_scalar_dense", "nonzero", "lift_fresh", "randn", "normal_", "rand", "randint")
-"""What waits for the device, copies from the host, or draws on the host: a real capture fails, or freezes it."""
+WAITS = ("_local_scalar_dense", "nonzero", "lift_fresh")
+DRAWS = ("randn", "rand", "randint", "normal_", "uniform_", "bernoulli_", "bernoulli", "random_", "multinomial")
+NOT_IN_A_CAPTURE = (*WAITS, *DRAWS)
+"""What waits for the device or copies from the host, at which a capture fails; and what draws on the host, which is
+frozen."""
 
 
 @dataclass

@@ -34,7 +34,7 @@ def test_every_layer_is_in_it_once(make):
         ("attention=math", ".attn1", "attention: math", ("attention",)),
         ("naive", ".attn2", "attention: naive", ("naive",)),
         ("kv-cache", ".attn2", "keys and values once a prompt, attention: SDPA, as PyTorch picks", ("kv-cache",)),
-        ("kv-cache", ".attn2.to_k", "by the module around it", ("kv-cache",)),
+        ("kv-cache", ".attn2.to_k", "PyTorch, once a prompt", ("kv-cache",)),
         ("packed-qkv", ".attn1.to_v", "by the module around it", ("packed-qkv",)),
         (
             "channels-last,pointwise-linear",
@@ -42,7 +42,7 @@ def test_every_layer_is_in_it_once(make):
             "matrix product over positions",
             ("channels-last", "pointwise-linear"),
         ),
-        ("time-cache", ".emb_layers.*", "by the module around it", ("time-cache",)),
+        ("time-cache", ".emb_layers.*", "PyTorch, once a model", ("time-cache",)),
     ],
 )
 def test_what_a_switch_put_there(make, names, ending, kernel, switches):

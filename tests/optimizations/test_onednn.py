@@ -35,5 +35,5 @@ def test_prepacked_sees_changed_weights(make, few_weights, change):
 
 
 def test_prepacked_takes_large_layers_only(make):
-    with pytest.raises(OptimizationError, match="prepacked finds nothing to do"):
+    with pytest.raises(OptimizationError, match="prepacked finds nothing left to do"):
         make("prepacked")

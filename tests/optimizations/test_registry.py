@@ -138,7 +138,7 @@ def test_check_takes_presets_and_lists():
 
 @pytest.mark.parametrize("budget", ["much", "4", "-1", "nan", "1000"])
 def test_memory_budgets_are_checked(budget):
-    with pytest.raises(OptimizationError, match="--memory-budget must be low"):
+    with pytest.raises(OptimizationError, match="the memory budget must be low"):
         optimizations.parse("default", a_pipe("cpu"), budget)
 
 
@@ -162,7 +162,7 @@ def test_memory_budget_bounds_winograd_but_what_is_typed_counts():
         (["cpu-attention", "attention"], "cannot be combined with"),
         (["cpu-attention", "naive"], "cannot be combined"),
         (["attention=efficient"], "clip.encoder.layers.0.self_attn, whose head size is 64"),
-        (["prepacked"], "prepacked finds nothing to do"),
+        (["prepacked"], "prepacked finds nothing left to do"),
         (["page-out"], "page-out needs a CPU, and weights that are mapped"),
     ],
 )

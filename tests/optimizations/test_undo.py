@@ -12,7 +12,12 @@ from tests.optimizations.stand_in import install
 from tests.optimizations.support import DRAW, change_in_place, inputs
 
 LOSSLESS = [name for name, one in catalog().items() if one.exact]
-VALUES = {"deepcache": "deepcache=2", "guidance-interval": "guidance-interval=0.0-0.5", "vae-tiling": "vae-tiling=16"}
+VALUES = {
+    "deepcache": "deepcache=2",
+    "guidance-interval": "guidance-interval=0.0-0.5",
+    "tgate": "tgate=2",
+    "vae-tiling": "vae-tiling=16",
+}
 HERE = [VALUES.get(name, name) for name, one in catalog().items() if name not in ("float8", "compile")]
 """All switches that can be applied on a CPU, with the stand-in for graphs and Triton's interpreter."""
 

@@ -31,7 +31,15 @@ def error(out: Tensor, reference: Tensor) -> float:
 def as_winograd(conv: nn.Conv2d, m: int, rates: Rates, in_cpp: bool, **options: bool) -> None:
     """Swap one layer as the switch does."""
     conv.__class__ = WinogradConv
-    state = {"m": m, "rates": rates, "native": in_cpp, "kept": True, "upsampled": False, "kernel_stamp": (), **options}
+    state = {
+        "m": m,
+        "rates": rates,
+        "native": in_cpp,
+        "kept": True,
+        "upsampled": False,
+        "kernel_stamp": None,
+        **options,
+    }
     for name, value in state.items():
         setattr(conv, name, value)
 
