@@ -5,6 +5,7 @@ alone, or when the file is run as a program.
 """
 
 import ast
+import functools
 import re
 import shutil
 import subprocess
@@ -105,11 +106,16 @@ def python_files(tree: Path) -> list[str]:
     return sorted(str(path.relative_to(tree)) for path in [*files, *tree.glob("*.py")])
 
 
+@functools.cache
+def parsed(text: str) -> list[tuple[ast.stmt, bool]]:
+    return list(statements(ast.parse(text)))
+
+
 def read_imports(tree: Path) -> dict[str, Imports]:
     found = {}
     for file in python_files(tree):
         found[file] = Imports()
-        for node, lazy in statements(ast.parse((tree / file).read_text(), file)):
+        for node, lazy in parsed((tree / file).read_text()):
             (found[file].lazily if lazy else found[file].at_import).update(targets(tree, file, node))
     return found
 

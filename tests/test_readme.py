@@ -110,6 +110,7 @@ def test_your_own_optimization(copy):
     assert 0.1 < np.abs(pixels(copy / "1.png") - pixels(copy / "2.png")).mean() < 20, "another picture, and no noise"
 
 
+@pytest.mark.full(memory=False)
 def test_your_own_sampler(copy):
     function = BLOCKS["sd/samplers.py"]
     name = re.search(r"def (\w+)", function)[1]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench import cpu_builds, cpu_profile
 from sd.kernels import native
+from tests.sparing import sparing
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BOUND = 1e-5
@@ -328,14 +329,14 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("damage", sparing(DAMAGE, lambda damage: damage in ("empty", "half of it", "a bit")))
 def test_a_damaged_library_is_built_again(fresh, compiler, damage):
     assert native.load() is not None, native.why_not()
     (kept,) = fresh.iterdir()
     whole, name = kept.read_bytes(), kept.name
     kept.unlink()  # this process has mapped it
     kept.write_bytes(whole)
-    damage(kept)
+    DAMAGE[damage](kept)
     succeed(start())
     assert builds(compiler) == 2
     assert [(path.name, path.read_bytes()) for path in fresh.iterdir()] == [(name, whole)]

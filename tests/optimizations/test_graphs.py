@@ -10,6 +10,7 @@ from sd.optimizations import graphs
 from sd.samplers import PictureNoise
 from tests.optimizations.stand_in import install
 from tests.optimizations.support import CPU, DRAW, change_in_place, inputs, load, replace
+from tests.sparing import sparing
 
 CACHES = ("kv-cache", "time-cache", "packed-qkv")
 
@@ -133,9 +134,10 @@ LOOPS = (
 )
 
 
-@pytest.mark.parametrize(
-    "names", [(), (*CACHES, "guidance-interval=0.0-0.5"), ("deepcache=2",), ("async-noise",)], ids=str
-)
+LOOPED = [[*CACHES, "guidance-interval=0.0-0.5"], [], ["deepcache=2"], ["async-noise"]]
+
+
+@pytest.mark.parametrize("names", sparing(LOOPED, lambda names: names == LOOPED[0]), ids=str)
 def test_loop_graph(make, captured, names):
     """One capture serves every prompt and seed; sampler, steps, scale and shape need their own."""
     pipe, plain = make("loop-graph", *names), make(*names)

@@ -198,7 +198,6 @@ def test_presets_leave_out_what_needs_another_dtype(loaded, preset, dtype, caplo
     lines = [record.getMessage() for record in caplog.records if "leaves out" in record.getMessage()]
     assert len(lines) == 1
     assert "winograd (needs a CPU, in fp32; this is cpu in" in lines[0]
-    assert pipe.generate("a cat", steps=1, height=64, width=64, seed=1)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])

@@ -20,6 +20,7 @@ from sd.optimizations.token_merging import match
 from sd.unet import UNet
 from tests.optimizations.stand_in import install
 from tests.optimizations.support import DRAW, fresh, inputs, with_optimizations
+from tests.sparing import sparing
 
 GRIDS = [(8, 8), (8, 4), (6, 16), (5, 8), (8, 5), (7, 9), (2, 2), (3, 3)]
 
@@ -117,6 +118,7 @@ def test_a_call_beside_others(make, others):
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@pytest.mark.full(memory=False)
 @pytest.mark.skipif(INTERPRETED, reason="is the process itself")
 def test_under_tritons_interpreter():
     """It must be chosen before Triton is imported: in a process of its own."""
@@ -158,7 +160,7 @@ def test_beside_other_approximations_both_count(make, others):
     assert np.abs(both - second).max() > 1
 
 
-@pytest.mark.parametrize("graph", ["cuda-graph", "loop-graph"])
+@pytest.mark.parametrize("graph", sparing(["cuda-graph", "loop-graph"], lambda graph: graph == "cuda-graph"))
 def test_graphs(make, monkeypatch, graph):
     """Nothing in it waits for the device, and what is merged follows the picture."""
     captured = install(monkeypatch)
