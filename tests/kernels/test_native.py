@@ -329,7 +329,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", sparing(DAMAGE, lambda damage: damage in ("empty", "half of it", "a bit")))
+@pytest.mark.parametrize("damage", sparing(DAMAGE, lambda damage: damage == "half of it"))
 def test_a_damaged_library_is_built_again(fresh, compiler, damage):
     assert native.load() is not None, native.why_not()
     (kept,) = fresh.iterdir()

@@ -19,6 +19,7 @@ from sd.optimizations.quantization import quantize
 from sd.optimizations.quantized_files import load_quantized, save_quantized
 from sd.pipeline import StableDiffusion
 from tests.optimizations.support import DRAW, EXACT_ON_CPU, change_in_place, inputs
+from tests.sparing import sparing
 
 
 def draw(pipe: StableDiffusion, **changes) -> np.ndarray:
@@ -35,9 +36,11 @@ def state(pipe: StableDiffusion) -> tuple:
 # ---- chains of conversions
 
 
-@pytest.mark.parametrize(
-    "names", ["fp16,int8-weights", "bf16,int8-dynamic", "fp16,int8-weights,channels-last,kv-cache"]
-)
+CHAINS = ["fp16,int8-weights", "bf16,int8-dynamic", "fp16,int8-weights,channels-last,kv-cache"]
+QUANTIZED = ["int8-static,attention", "int8-static,cpu-attention", "int8-weights,attention=math"]
+
+
+@pytest.mark.parametrize("names", sparing(CHAINS, lambda names: names == CHAINS[0]))
 def test_conversions_on_conversions_are_undone_from_the_file(loaded, names):
     pipe = loaded()
     plain = draw(pipe)
@@ -107,7 +110,7 @@ def test_quantized_layers_are_left_to_their_own_kernels(make, monkeypatch):
     assert draw(pipe).std() > 1
 
 
-@pytest.mark.parametrize("names", ["int8-static,attention", "int8-static,cpu-attention", "int8-weights,attention=math"])
+@pytest.mark.parametrize("names", sparing(QUANTIZED, lambda names: names == QUANTIZED[0]))
 def test_attention_of_quantized_layers(make, names):
     assert draw(make(names)).std() > 1
 
