@@ -213,8 +213,8 @@ def apply(
             _apply_one(choice, patch)
         except BaseException as error:
             expected = isinstance(error, OptimizationError)
-            undone = [] if expected and choice.preset else applied
-            _roll_back(pipe, record, [*undone, (choice, patch)], error)
+            undone = [patch] if expected and choice.preset else [*(other for _, other in applied), patch]
+            _roll_back(pipe, record, undone, [*applied, (choice, patch)], error)
             if not (expected and choice.preset):
                 raise
             left_out.append((choice, str(error).removeprefix(f"{choice.name} ")))
@@ -236,15 +236,20 @@ def _apply_one(choice: Choice, patch: Patch) -> None:
     patch.finish()
 
 
-def _roll_back(pipe: StableDiffusion, record: Record, undone: list[tuple[Choice, Patch]], error: BaseException) -> None:
-    """Take these back, the last first. What cannot be stays applied and recorded, and an error says so."""
-    for _, patch in reversed(undone):
+def _roll_back(
+    pipe: StableDiffusion,
+    record: Record,
+    undone: list[Patch],
+    applied: list[tuple[Choice, Patch]],
+    error: BaseException,
+) -> None:
+    """Take these patches back, the last first. If one cannot be, what is left of `applied` is recorded, and told."""
+    for patch in reversed(undone):
         try:
             record.undo([patch])
         except (ValueError, OSError) as lost:  # of the checkpoint's file too
             pipe.record = record
-            stays = [other.text for other, patch in undone if patch in record.patches]
-            pipe.optimizations = stays
+            pipe.optimizations = stays = [choice.text for choice, other in applied if other in record.patches]
             raise OptimizationError(f"{error}; {', '.join(stays)} stays applied: {lost}") from error
 
 

@@ -14,7 +14,8 @@ from sd import optimizations
 from sd.checkpoints.errors import CheckpointError
 from sd.checkpoints.mapped import mapped
 from sd.checkpoints.stamps import Stamp
-from sd.optimizations import OptimizationError, onednn, quantization
+from sd.optimizations import OptimizationError, onednn, quantization, registry
+from sd.optimizations.base import Optimization, Patch, Stage
 from sd.optimizations.quantization import quantize
 from sd.optimizations.quantized_files import load_quantized, save_quantized
 from sd.pipeline import StableDiffusion
@@ -72,6 +73,23 @@ def test_what_cannot_be_taken_back_stays_and_is_recorded(make):
     assert (pipe.dtype, pipe.optimizations) == (torch.float16, ["fp16"])
     assert {switch for row in pipe.explain().rows for switch in row.switches} == {"fp16"}
     assert draw(pipe).std() > 1
+
+
+def test_a_presets_failure_that_cannot_be_taken_back_is_recorded_beside_the_others(make, monkeypatch):
+    def failing(patch: Patch) -> None:
+        patch.converts(patch.unet)
+        patch.unet.half()
+        raise OptimizationError("failing fails")
+
+    one = Optimization("failing", failing, Stage.MEMORY, exact=False, summary="")
+    known = {**registry.catalog(), "failing": one}
+    monkeypatch.setattr(registry, "catalog", lambda: known)
+    monkeypatch.setattr(registry, "PRESETS", {**registry.PRESETS, "mine": lambda pipe: ("failing",)})
+    pipe = make()
+    with pytest.raises(OptimizationError, match="failing fails; kv-cache, failing stays applied"):
+        optimizations.apply(pipe, "kv-cache,mine")
+    assert pipe.optimizations == ["kv-cache", "failing"]
+    assert [patch.name for patch in pipe.record.patches] == pipe.optimizations
 
 
 def test_a_preset_that_finds_nothing_left_does_not_calibrate_again(loaded, monkeypatch):
