@@ -3,16 +3,20 @@
     mkdir other; git archive COMMIT sd/kernels/cpp | tar -x -C other
     python bench/cpu_builds.py other/sd/kernels/cpp
 
+    python bench/cpu_builds.py --other-set avx2     the same sources for another instruction set of this CPU
+
 Both builds run in one process, taking turns. GFLOP/s are those of the direct algorithm.
 """
 
 import argparse
 import ctypes
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -81,11 +85,16 @@ def cases() -> Iterator[Case]:
     yield from (group_norm(320, 64), group_norm(1280, 16))
 
 
-def build(sources: Path) -> ctypes.CDLL:
-    """The library of a folder's sources. Raises ValueError for what cannot be built."""
+def build(sources: Path, instruction_set: str | None = None) -> ctypes.CDLL:
+    """The library of a folder's sources, by default for the set that `native` builds for.
+
+    Raises ValueError for what cannot be built.
+    """
     here, native.SOURCES = native.SOURCES, sources
+    variable = {} if instruction_set is None else {"SD_CPU_ISA": instruction_set}
     try:
-        library, reason = native.attempt.__wrapped__()
+        with mock.patch.dict(os.environ, variable):
+            library, reason = native.attempt.__wrapped__()
     finally:
         native.SOURCES = here
     if library is None:
@@ -118,16 +127,18 @@ def compare(builds: Sequence[ctypes.CDLL], case: Case, rounds: int) -> dict[str,
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("other", type=Path, metavar="FOLDER", help="another sd/kernels/cpp")
+    parser.add_argument("other", type=Path, metavar="FOLDER", nargs="?", help="another sd/kernels/cpp (this one)")
+    parser.add_argument("--other-set", choices=native.SETS, metavar="NAME", help="instruction set of the other build")
+    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name has it")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="(%(default)s)")
     args = parser.parse_args(argv)
     try:
-        builds = [build(args.other), build(native.SOURCES)]
+        builds = [build(args.other or native.SOURCES, args.other_set), build(native.SOURCES)]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     with freed_memory_kept():
-        common.print_table("", [compare(builds, case, args.rounds) for case in cases()])
+        common.print_table("", [compare(builds, case, args.rounds) for case in cases() if args.only in case.label])
     return 0
 
 

@@ -4,6 +4,8 @@ What a step does on a CPU is bounded by multiplications, of which two cores with
 and PyTorch's libraries 45 to 140: the shapes are odd (a head of 40, rows of 320), and each pass beside a product, an
 activation or a residual, reads and writes memory again. Here is one small product loop with such passes built in.
 
+It is built for the best instruction set (`SETS`) that this CPU has, or for the one that SD_CPU_ISA names.
+
 The sources need no header of PyTorch's and are called through ctypes, so they build in 3 seconds with any g++ or
 clang++, where a `torch.utils.cpp_extension` takes 40 and wants ninja. They share PyTorch's OpenMP threads. Where they
 cannot run, `load` is None and `why_not` says why.
@@ -26,6 +28,7 @@ import subprocess
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +38,40 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("cpp")
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-march=native", "-fopenmp", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC")
 FLAGS += ("-falign-loops=64", "-fvisibility=hidden", "-Wno-psabi")
 BUILD_SECONDS = 60
+
+
+@functools.cache
+def cpu_has() -> frozenset[str]:
+    """The flags of this CPU as the system lists them: {"avx2", "fma", ...}; none where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """What the sources are compiled for. needs: what /proc/cpuinfo lists where a CPU has it. flags: the compiler's."""
+
+    needs: frozenset[str]
+    flags: tuple[str, ...]
+
+
+AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+AMX = AVX512 | {"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16"}
+WITHOUT_AMX = tuple(f"-mno-{flag.replace('_', '-')}" for flag in sorted(cpu_has()) if flag.startswith("amx"))
+SETS = {
+    "generic": InstructionSet(frozenset(), ()),
+    "avx2": InstructionSet(AVX2, ("-march=x86-64-v3", "-mtune=native")),
+    "avx512": InstructionSet(AVX512, ("-march=native", *WITHOUT_AMX)),
+    "amx": InstructionSet(AMX, ("-march=native",)),
+}
+"""The sets by name, each better than the one before it. generic is whatever a compiler makes of vectors of four."""
 
 
 # ---- building
@@ -63,6 +97,12 @@ def _added_flags() -> list[str]:
     return shlex.split(os.environ.get("SD_CXXFLAGS", ""))
 
 
+def _flags() -> list[str]:
+    """The compiler's for every source: FLAGS, the instruction set's, and those that were added."""
+    name = wanted_set()
+    return [*FLAGS, *SETS[name].flags, f'-DSD_SET="{name}"', *_added_flags()]
+
+
 def _cpu() -> list[str]:
     """The model and the instructions of this processor: what -march=native depends on."""
     try:
@@ -81,7 +121,7 @@ def _openmp() -> list[str]:
 def _key(cxx: str) -> str:
     """16 digits that change with any source, the compiler, its flags, the CPU and the OpenMP library."""
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS).stdout
-    made_from = hashlib.sha256("\0".join((cxx, version, *FLAGS, *_added_flags(), *_cpu(), *_openmp())).encode())
+    made_from = hashlib.sha256("\0".join((cxx, version, *_flags(), *_cpu(), *_openmp())).encode())
     for source in sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cpp")):
         made_from.update(f"\0{source.name}\0{hashlib.sha256(source.read_bytes()).hexdigest()}".encode())
     return made_from.hexdigest()[:16]
@@ -89,11 +129,10 @@ def _key(cxx: str) -> str:
 
 def _compile(cxx: str, folder: Path) -> Path:
     """Every source to an object of its own, at once, and one library in folder. Raises NotBuilt."""
-    sources = sorted(SOURCES.glob("*.cpp"))
+    sources, flags = sorted(SOURCES.glob("*.cpp")), _flags()
     objects = [folder / f"{source.stem}.o" for source in sources]
     commands = [
-        [cxx, *FLAGS, *_added_flags(), "-c", str(source), "-o", str(made)]
-        for source, made in zip(sources, objects, strict=True)
+        [cxx, *flags, "-c", str(source), "-o", str(made)] for source, made in zip(sources, objects, strict=True)
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
@@ -163,6 +202,21 @@ def _found(key: str) -> Path | None:
         return None
 
 
+def sets() -> list[str]:
+    """The names of the instruction sets that this CPU has, the best last."""
+    return [name for name, isa in SETS.items() if isa.needs <= cpu_has()]
+
+
+def wanted_set() -> str:
+    """$SD_CPU_ISA, or the best that there is. Raises NotBuilt for one that this CPU does not have."""
+    name = os.environ.get("SD_CPU_ISA", "").strip().lower() or sets()[-1]
+    if name not in SETS:
+        raise NotBuilt(f"SD_CPU_ISA is {name!r} and must be one of {', '.join(SETS)}")
+    if lacking := sorted(SETS[name].needs - cpu_has()):
+        raise NotBuilt(f"SD_CPU_ISA={name}, and this CPU has no {lacking[0]}; it has {', '.join(sets())}")
+    return name
+
+
 @functools.cache
 def attempt() -> tuple[ctypes.CDLL | None, str]:
     """The library, built if it is not there yet, and why not: one of them. Once a process; cache_clear() forgets."""
@@ -216,6 +270,16 @@ class _Double(_Pointer):
     dtype = torch.float64
 
 
+class _Any(_Pointer):
+    """Of a dtype that another argument tells."""
+
+    @classmethod
+    def from_param(cls, tensor: Tensor | None) -> ctypes.c_void_p | None:
+        if tensor is not None and tensor.device.type != "cpu":
+            raise TypeError(f"a tensor on the cpu is needed, not on {tensor.device}")
+        return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
 _P, _L, _I, _F, _S = _Pointer, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.POINTER(ctypes.c_int64)
 
 # The arguments of each function as its source has them; the last is the number of threads.
@@ -228,7 +292,40 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sd_winograd_kernel": (_P, _S, _L, _L, _I, _Double, _I, _P, _I),
     "sd_group_norm": (_P, _P, _L, _L, _L, _L, _P, _P, _F, _I, _I),
     "sd_layer_norm": (_P, _P, _L, _L, _P, _P, _F, _I),
+    "sd_dot_sizes": (_S,),
+    "sd_dot_pack": (_Any, _I, _S, _L, _L, _L, _I, _I, _I, _P, _Any, _Any, _I),
+    "sd_dot_product": (
+        _I,
+        _Any,
+        _L,
+        _L,
+        _L,
+        _L,
+        _L,
+        _L,
+        _S,
+        _Any,
+        _L,
+        _L,
+        _P,
+        _P,
+        _L,
+        _L,
+        _P,
+        _Any,
+        _I,
+        _I,
+        _F,
+        _F,
+        _I,
+    ),
+    "sd_dot_rows": (_P, _L, _L, _L, _L, _P, _P, _F, _I, _F, _F, _Any, _I),
+    "sd_dot_grid": (_P, _L, _P, _L, _L, _L, _L, _I, _L, _L, _P, _P, _F, _I, _I, _F, _F, _Any, _I),
+    "sd_dot_patches": (_Any, _L, _L, _L, _L, _I, _Any, _I),
+    "sd_dot_attention": (_Any, _Any, _Any, _Any, _L, _L, _L, _L, _L, _S, _I),
 }
+
+SIZES = {"sd_vector": ctypes.c_int64, "sd_panel": ctypes.c_int64, "sd_set": ctypes.c_char_p, "sd_ready": ctypes.c_int}
 
 
 def _opened(path: Path) -> ctypes.CDLL:
@@ -238,10 +335,12 @@ def _opened(path: Path) -> ctypes.CDLL:
         for name, types in SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = types, None
-        for name in ("sd_vector", "sd_panel"):
-            getattr(library, name).restype = ctypes.c_int64
+        for name, kind in SIZES.items():
+            getattr(library, name).restype = kind
     except (OSError, AttributeError) as error:
         raise NotBuilt(f"the library cannot be loaded: {error}") from error
+    if not library.sd_ready():
+        raise NotBuilt("the system does not let a process use AMX; SD_CPU_ISA=avx512 does without")
     return library
 
 
@@ -259,6 +358,11 @@ def vector() -> int:
 def panel() -> int:
     """Columns of a panel: the rows of GEGLU's weights must be a multiple of it."""
     return _library().sd_panel()
+
+
+def instruction_set() -> str:
+    """The name in `SETS` of what the kernels were built for."""
+    return _library().sd_set().decode()
 
 
 def _call(name: str, *arguments: Tensor | int | float | ctypes.Array | None) -> None:

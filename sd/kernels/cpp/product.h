@@ -1,8 +1,7 @@
 // The loop on which everything rests, `micro`: a tile of ROWS x PANEL numbers of a matrix product, kept in registers.
 //
-// The one place that knows a tile's size; sd_vector and sd_panel (sizes.cpp) tell it to Python. Six rows by two vectors
-// fill AVX2's sixteen registers: twelve sums, two vectors of B, one number of A. B comes in panels: all of K, PANEL
-// columns at a time, side by side in memory. A is read where it lies.
+// B comes in panels: all of K, PANEL columns at a time, side by side in memory. A is read where it lies. The tile's size
+// is isa.h's; sd_vector and sd_panel (sizes.cpp) tell it to Python.
 //
 // How to build and to compare: simd.h.
 
@@ -12,13 +11,10 @@
 
 namespace sd {
 
-constexpr int ROWS = 6;                // of a tile
-constexpr int PANEL = 2 * W;           // columns of a tile, and so of a panel of B
-constexpr int HALF = PANEL / 2;        // of which values and gates of GEGLU take as many each
-constexpr int64_t DEPTH = 1280;        // most numbers that are summed up at once; a panel of them comes from L2
-constexpr int64_t L2 = 64 * 1024;      // numbers of B that a thread works on at a time: 256 KB
+constexpr int PANEL = VECTORS * W;  // columns of a tile, and so of a panel of B
+constexpr int HALF = PANEL / 2;     // of which values and gates of GEGLU take as many each
+constexpr int64_t DEPTH = 1280;     // most numbers that are summed up at once; a panel of them comes from L2
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 enum Kind { PLAIN, TRANSPOSED, GEGLU };
 
@@ -34,33 +30,33 @@ struct Out {
 // GEGLU: C[R, HALF] = value * gelu(gate), where a panel is HALF columns of the value and the gate's same ones.
 template <int R, Kind F>
 void micro(const float* a, int64_t lda, const float* b, int64_t k, const Out& to, bool first, bool last) {
-    constexpr int V = PANEL / W;
+    constexpr int V = VECTORS;
     const Out out = to;  // in registers, where a store to C cannot change it
     vec sum[R][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < R; i++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < V; j++) sum[i][j] = first && out.bias ? load(out.bias + j * W) : vec{};
 #pragma GCC unroll 4
     for (int64_t x = 0; x < k; x++, a += F == TRANSPOSED ? lda : 1, b += PANEL) {
         vec row[V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < V; j++) row[j] = load(b + j * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < R; i++) {
             const vec number = broadcast(a[F == TRANSPOSED ? i : i * lda]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int j = 0; j < V; j++) sum[i][j] += number * row[j];
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < R; i++) {
         if (F == GEGLU) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int j = 0; j < V / 2; j++) store(out.c + i * out.ldc + j * W, sum[i][j] * gelu(sum[i][j + V / 2]));
             continue;
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < V; j++) {
             if (!first) sum[i][j] += load(out.c + i * out.ldc + j * W);
             if (last && out.residual) sum[i][j] += load(out.residual + i * out.ldc + j * W);

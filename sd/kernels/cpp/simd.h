@@ -1,7 +1,7 @@
 // Vectors of fp32 numbers, and functions of them: exp, silu, gelu, transposition.
 //
-// The one place that knows the width of a vector. Vectors are GCC's (clang has them too), so the code names no
-// instruction set but in `max`; -march=native picks it. Another set: another W, `max` and `transpose`.
+// Vectors are GCC's (clang has them too) of isa.h's width, so the code names no instruction but in `max`, and compiles
+// for any processor.
 //
 // To build by hand what sd/kernels/native.py builds:
 //     g++ -std=c++17 -O3 -ffp-contract=fast -march=native -fopenmp -fPIC -fvisibility=hidden -shared *.cpp -o sd.so
@@ -16,16 +16,21 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#include "isa.h"
+
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 namespace sd {
-
-constexpr int W = 8;  // numbers in a vector
 
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef int32_t ivec __attribute__((vector_size(4 * W)));
 typedef vec unaligned __attribute__((aligned(4), may_alias));  // in memory, at any address
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline vec load(const float* p) { return *reinterpret_cast<const unaligned*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<unaligned*>(p) = v; }
@@ -41,9 +46,10 @@ inline void store(float* p, vec v, int64_t count) {
 }
 inline vec broadcast(float x) { return x - vec{}; }  // and not x + vec{}, which makes 0 of -0
 inline vec max(vec a, vec b) {
-#ifdef __AVX__
-    static_assert(W == 8, "the instruction below takes eight");
-    return __builtin_ia32_maxps256(a, b);  // what gcc makes of the other line waits for a comparison
+#if SD_WIDTH == 16 && defined(__AVX512F__)  // what gcc makes of the last line waits for a comparison
+    return (vec)_mm512_maskz_max_ps((__mmask16)-1, (__m512)a, (__m512)b);  // gcc 12 warns of the plain one
+#elif SD_WIDTH == 8
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return a > b ? a : b;
 #endif
@@ -61,6 +67,17 @@ inline vec exp2(vec x) {
     p = p * f + 1.0f;
     const vec power = (vec)(((ivec)shifted << 23) + (127 << 23));
     return p * power;
+}
+
+// 2^x for what is rounded to bf16 afterwards, whose error is 4e-3: relative error 8e-5.
+inline vec short_exp2(vec x) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+    const vec f = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
+    const vec p = ((f * 7.802452e-2f + 2.2606716e-1f) * f + 6.9583354e-1f) * f + 9.9992522e-1f;
+    return (vec)_mm512_maskz_scalef_ps((__mmask16)-1, (__m512)p, (__m512)x);  // times 2^floor(x)
+#else
+    return exp2(x);
+#endif
 }
 
 // e^x, which stays finite: beyond 2^126 it is that.
@@ -87,8 +104,8 @@ inline vec gelu(vec x) {
 #endif
 
 // W vectors of W, rows to columns.
+#if SD_WIDTH == 8  // in steps that AVX2 has instructions for
 inline void transpose(vec v[W]) {
-    static_assert(W == 8, "the indices below are those of eight rows of eight");
     vec pairs[W], fours[W];
 #pragma GCC unroll 8
     for (int i = 0; i < W; i += 2) {
@@ -108,6 +125,23 @@ inline void transpose(vec v[W]) {
         v[i + 4] = SHUFFLE(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     }
 }
+#else
+// Of rows i and i + D of a square: their blocks of D x D off the diagonal change places.
+template <int D, int... J>
+inline void exchange(vec& a, vec& b, std::integer_sequence<int, J...>) {
+    const vec above = SHUFFLE(a, b, (J & D ? W + J - D : J)...);
+    b = SHUFFLE(a, b, (J & D ? W + J : J + D)...);
+    a = above;
+}
+
+template <int D = W / 2>
+inline void transpose(vec v[W]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+        if (!(i & D)) exchange<D>(v[i], v[i + D], std::make_integer_sequence<int, W>());
+    if constexpr (D > 1) transpose<D / 2>(v);
+}
+#endif
 
 // to [columns, rows] = from [rows, columns] * factor; their rows are ld_to and ld_from apart.
 inline void transpose(const float* from, int64_t ld_from, int64_t rows, int64_t columns, float* to, int64_t ld_to,
@@ -123,10 +157,10 @@ inline void transpose(const float* from, int64_t ld_from, int64_t rows, int64_t 
                 continue;
             }
             vec v[W];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int r = 0; r < W; r++) v[r] = load(block + r * ld_from) * factor;
             transpose(v);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int c = 0; c < W; c++) store(transposed + c * ld_to, v[c]);
         }
 }

@@ -1,0 +1,26 @@
+"""The C++ kernels in each instruction set that this machine has."""
+
+import os
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+
+from sd.kernels import native
+
+EMULATED = "amx, emulated"
+
+
+@pytest.fixture(scope="module", params=[*native.sets(), EMULATED])
+def every_set(request) -> Iterator[str]:
+    """The kernels are those of one set, by its name; a test runs once for each. AMX also in plain C++."""
+    if not native.compiler():
+        pytest.skip("there is no C++ compiler")
+    variables = {"SD_CPU_ISA": request.param}
+    if request.param == EMULATED:
+        variables = {"SD_CPU_ISA": native.sets()[-1], "SD_CXXFLAGS": "-DSD_AMX_EMULATED"}
+    with mock.patch.dict(os.environ, variables):
+        native.attempt.cache_clear()
+        assert native.load() is not None, native.why_not()
+        yield request.param
+    native.attempt.cache_clear()
