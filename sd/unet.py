@@ -40,11 +40,15 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x [B, L, C], context [B, S, context_dim] -> [B, L, C]."""
+        return self.to_out(self.attended(x, context))
+
+    def attended(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The same before the last projection."""
         context = x if context is None else context
         q = split_heads(self.to_q(x), self.heads)
         k = split_heads(self.to_k(context), self.heads)
         v = split_heads(self.to_v(context), self.heads)
-        return self.to_out(merge_heads(self.attend(q, k, v)))
+        return merge_heads(self.attend(q, k, v))
 
 
 class GEGLU(nn.Module):

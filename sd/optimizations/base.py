@@ -10,7 +10,7 @@ would throw away what another one did is refused, both named. The models and the
 """
 
 import functools
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -322,7 +322,7 @@ class Record:
             patch.take_back(files)
             self.patches.remove(patch)
         for part, weights in files.items():
-            _assign(self.parts()[part], weights)
+            assign(self.parts()[part], weights)
             self.pipe.note_loaded([f"{part}.{name}" for name in weights])
         if not self.patches and self._hook is not None:
             self._hook.remove()
@@ -352,7 +352,8 @@ def record_of(pipe: "StableDiffusion") -> Record | None:
     return vars(pipe).get("record")
 
 
-def _assign(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def assign(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put these in the place of parameters: by name, as in the model's state_dict."""
     for path, weight in weights.items():
         module, _, name = path.rpartition(".")
         setattr(model.get_submodule(module), name, nn.Parameter(weight, requires_grad=False))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from sd.attention import attention, naive_attention
+from sd.kernels import native
 from sd.optimizations.base import SEAMS, Record, record_of
 from sd.pipeline import StableDiffusion
 
@@ -30,9 +31,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The rows; print it for a table."""
+    """The rows; print it for a table. instruction_set: what the C++ kernels are built for, if any of them runs."""
 
     rows: tuple[Row, ...]
+    instruction_set: str = ""
 
     def __str__(self) -> str:
         head = ("WHERE", "", "WHAT RUNS", "DTYPE", "SWITCH")
@@ -42,7 +44,8 @@ class Explanation:
         ]
         widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (head, *cells)]
-        return "\n".join(lines)
+        told = [f"C++: built for {self.instruction_set}"] if self.instruction_set else []
+        return "\n".join(lines + told)
 
     __repr__ = __str__
 
@@ -54,7 +57,9 @@ def explain(pipe: StableDiffusion) -> Explanation:
     for row in _rows(record):
         counts[row] = counts.get(row, 0) + 1
     alike = tuple(Row(module, count, *rest) for (module, *rest), count in counts.items())
-    return Explanation((*_seams(record), *alike))
+    rows = (*_seams(record), *alike)
+    in_cpp = any("C++" in row.kernel for row in rows) and native.load() is not None
+    return Explanation(rows, native.instruction_set() if in_cpp else "")
 
 
 def _seams(record: Record) -> Iterator[Row]:

@@ -50,9 +50,9 @@ class PackedSelfAttention(CrossAttention):
     kernel = "one product for q, k, v"
     packed: Packed
 
-    def forward(self, x: Tensor, context: None = None) -> Tensor:
+    def attended(self, x: Tensor, context: None = None) -> Tensor:
         q, k, v = (split_heads(part, self.heads) for part in self.packed(x))
-        return self.to_out(merge_heads(self.attend(q, k, v)))
+        return merge_heads(self.attend(q, k, v))
 
 
 class PackedCrossAttention(CrossAttention):
@@ -61,10 +61,10 @@ class PackedCrossAttention(CrossAttention):
     kernel = "one product for k, v"
     packed: Packed
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def attended(self, x: Tensor, context: Tensor) -> Tensor:
         q = split_heads(self.to_q(x), self.heads)
         k, v = (split_heads(part, self.heads) for part in self.packed(context))
-        return self.to_out(merge_heads(self.attend(q, k, v)))
+        return merge_heads(self.attend(q, k, v))
 
 
 @optimization("packed-qkv", stage=Stage.REUSE, exact=True, summary="q, k and v as one product")

@@ -17,10 +17,10 @@ class CachedCrossAttention(CrossAttention):
     kernel = "keys and values once a prompt"
     keys_values: dict[tuple[int, ...], tuple[Tensor, Tensor]]
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def attended(self, x: Tensor, context: Tensor) -> Tensor:
         q = split_heads(self.to_q(x), self.heads)
         k, v = self.keys_values[tuple(context.shape)]
-        return self.to_out(merge_heads(self.attend(q, k, v)))
+        return merge_heads(self.attend(q, k, v))
 
     def keep(self, context: Tensor) -> None:
         """Compute k and v [B, N, S, D] of context [B, S, C] into their place."""

@@ -345,7 +345,8 @@ def winograd(patch: Patch, gigabytes: float = 3.4) -> None:
     upsampled = {module.conv for kind in UPSAMPLES for module in patch.modules(kind, patch.unet, patch.vae.decoder)}
     for use in uses:
         layer = use.layer
-        own = {"m": chosen[layer], "rates": rates, "native": in_cpp, "kept": use.kept, "kernel_stamp": None}
+        takes = in_cpp and layer.in_channels % native.vector() == 0
+        own = {"m": chosen[layer], "rates": rates, "native": takes, "kept": use.kept, "kernel_stamp": None}
         patch.swap(layer, WinogradConv, upsampled=layer in upsampled, **own)
     for kind in UPSAMPLES:
         for module in patch.modules(kind, patch.unet, patch.vae.decoder):
