@@ -72,6 +72,25 @@ def load(
     return config, *models
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint's UNet is stored as: in which type, and how many numbers."""
+
+    dtype: torch.dtype
+    numbers: int
+
+
+def stored(path: StrPath) -> Stored:
+    """Looks at the file without loading it. Raises CheckpointError as `load` does, but not for what it holds."""
+    with naming(path):
+        tensors = open_checkpoint(Path(path)).tensors
+        unet = [tensor for name, tensor in tensors.items() if name.startswith(PREFIXES["unet"])]
+        if not unet:
+            raise CheckpointError("holds no UNet")
+    largest = max(unet, key=torch.Tensor.numel)
+    return Stored(largest.dtype, sum(tensor.numel() for tensor in unet))
+
+
 def read_state_dict(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a checkpoint by name, memory-mapped where the format allows it, and its metadata.
 

@@ -61,7 +61,7 @@ def fast() -> bool:
     return name == "amx" or (name == "avx512" and "avx512_bf16" in native.cpu_has())
 
 
-def _padded(channels: int, kind: str) -> int:
+def padded(channels: int, kind: str) -> int:
     """Channels of a row with the zeros to the end of a block."""
     block = sizes().row // (1 if kind == "int8" else 2)
     return -(-channels // block) * block
@@ -98,7 +98,7 @@ class Panels:
 
     @property
     def tap_bytes(self) -> int:
-        return _padded(self.depth, self.kind) * (1 if self.kind == "int8" else 2) // sizes().row * sizes().block
+        return padded(self.depth, self.kind) * (1 if self.kind == "int8" else 2) // sizes().row * sizes().block
 
     @property
     def panel_bytes(self) -> int:
@@ -135,7 +135,7 @@ def pack(weight: Tensor, kind: str, geglu: bool = False, quantized: Scale | None
         weight = weight.contiguous()
         taps, depth, strides = 9, inner, _longs(weight.stride(0), 1, 9)
     elif weight.ndim == 2:
-        whole = [n for n in range(-(-inner // DEPTH), 9) if inner % n == 0 and inner // n == _padded(inner // n, kind)]
+        whole = [n for n in range(-(-inner // DEPTH), 9) if inner % n == 0 and inner // n == padded(inner // n, kind)]
         taps = whole[0] if whole else 1
         depth = inner // taps
         strides = _longs(weight.stride(0), depth * weight.stride(1), weight.stride(1))
@@ -180,7 +180,7 @@ class Grid:
     @property
     def position(self) -> int:
         """Bytes from one to the next."""
-        return _padded(self.channels, self.kind) * {"bf16": 2, "int8": 1, "split": 4}[self.kind]
+        return padded(self.channels, self.kind) * {"bf16": 2, "int8": 1, "split": 4}[self.kind]
 
 
 def _scale(kind: str, quantized: Scale | None) -> Scale:
@@ -190,15 +190,18 @@ def _scale(kind: str, quantized: Scale | None) -> Scale:
 
 
 def rows(x: Tensor, kind: str, norm: nn.LayerNorm | None = None, quantized: Scale | None = None) -> Tensor:
-    """x [..., C] in fp32, after a LayerNorm if there is one -> the left side of `linear`, [..., padded C] of a type."""
+    """x [..., C] in fp32 or bf16, after a LayerNorm if there is one -> the left side of `linear`, [..., padded C]."""
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.numel() == 0:
+        raise TypeError(f"numbers in fp32 or bf16 are needed, not {x.dtype} {list(x.shape)}")
     flat, channels = native._rows(x), x.shape[-1]
-    padded = _padded(channels, kind)
-    out = x.new_empty(*x.shape[:-1], padded * (2 if kind == "split" else 1), dtype=DTYPES[kind])
+    whole = padded(channels, kind)
+    out = x.new_empty(*x.shape[:-1], whole * (2 if kind == "split" else 1), dtype=DTYPES[kind])
     affine = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     if norm is not None:
         native._shaped("the norm's weight", norm.weight, channels)
     scale = _scale(kind, quantized)
-    native._call("sd_dot_rows", flat, flat.stride(0), len(flat), channels, padded, *affine, TYPES[kind], *scale, out)
+    source = flat, x.dtype == torch.bfloat16, flat.stride(0), len(flat), channels, whole
+    native._call("sd_dot_rows", *source, *affine, TYPES[kind], *scale, out)
     return out
 
 
@@ -233,7 +236,7 @@ def grid(
     positions = batch * (high + 2) * (wide + 2)
     spare = sizes().spare and sizes().spare + 2 * (wide + 2) + 2
     data = torch.empty((positions + spare) * made.position, dtype=torch.uint8)
-    source = x, channels, more, added, batch, height, width, upsampled, _padded(channels + added, kind)
+    source = x, channels, more, added, batch, height, width, upsampled, padded(channels + added, kind)
     native._call("sd_dot_grid", *source, groups, *affine, silu, TYPES[kind], *scale, data)
     return Grid(data, kind, batch, high, wide, channels + added, quantized)
 
@@ -306,8 +309,8 @@ def linear(
 
     bias [N], residual [..., N] in fp32 -> [..., N] in fp32 or bf16, or as uint8 scaled by `quantized`.
     """
-    padded, kind = _padded(panels.depth, panels.kind), panels.kind
-    wide = panels.taps * panels.depth if panels.taps > 1 else padded
+    kind = panels.kind
+    wide = panels.taps * panels.depth if panels.taps > 1 else padded(panels.depth, kind)
     if x.shape[-1] != wide * (2 if kind == "split" else 1) or x.dtype != DTYPES[kind]:
         raise ValueError(f"x is {list(x.shape)} of {x.dtype} and does not fit {panels.inner} numbers in {kind}")
     flat = native._rows(x)
@@ -336,7 +339,7 @@ def conv(
         raise ValueError(f"a grid of {x.channels} channels does not fit {panels.taps} times {panels.depth}")
     if panels.kind != x.kind or panels.quantized != x.quantized:
         raise ValueError(f"a grid in {x.kind} does not fit weights in {panels.kind}, or its scale does not")
-    bytes_, remainder = x.position, _padded(x.channels, x.kind) * 2
+    bytes_, remainder = x.position, padded(x.channels, x.kind) * 2
     high, wide = x.height, x.width
     if residual is not None:
         residual = residual.permute(0, 2, 3, 1)

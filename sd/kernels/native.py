@@ -319,7 +319,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         _F,
         _I,
     ),
-    "sd_dot_rows": (_P, _L, _L, _L, _L, _P, _P, _F, _I, _F, _F, _Any, _I),
+    "sd_dot_rows": (_Any, _I, _L, _L, _L, _L, _P, _P, _F, _I, _F, _F, _Any, _I),
     "sd_dot_grid": (_P, _L, _P, _L, _L, _L, _L, _I, _L, _L, _P, _P, _F, _I, _I, _F, _F, _Any, _I),
     "sd_dot_patches": (_Any, _L, _L, _L, _L, _I, _Any, _I),
     "sd_dot_attention": (_Any, _Any, _Any, _Any, _L, _L, _L, _L, _L, _S, _I),

@@ -15,6 +15,7 @@ from sd.attention import attention
 from sd.kernels import native
 from sd.kernels.native import readable
 from sd.optimizations.base import CPU_FP32, Need, Patch, Stage, added, optimization
+from sd.optimizations.dot_layers import dot_attention
 from sd.pipeline import StableDiffusion
 from sd.unet import GEGLU, CrossAttention, ResBlock
 from sd.vae import AttnBlock, ResnetBlock
@@ -129,11 +130,12 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Ten
 def cpu_attention(patch: Patch) -> None:
     """Attention by the C++ kernels, without a causal mask: the UNet's and the VAE's. Exact.
 
-    Helps: heads of 40 and many positions. Hurts: CPUs without AVX2, for which nothing is tuned.
+    Helps: heads of 40 and many positions. Hurts: CPUs without AVX2, for which nothing is tuned. What attends in bf16 by
+    cpu-bf16 or cpu-int8 stays.
     """
     for model in (patch.unet, patch.vae):
         for module in model.modules():
-            if isinstance(module, (CrossAttention, AttnBlock)):
+            if isinstance(module, (CrossAttention, AttnBlock)) and module.attend is not dot_attention:
                 patch.set(module, "attend", fast_attention, label="C++")
 
 

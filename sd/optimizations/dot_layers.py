@@ -7,6 +7,8 @@ done while the second one's numbers are made. Activations that only a product re
 Axes: B batch, L positions, C channels, H W grid.
 """
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,35 +17,80 @@ from sd import unet, vae
 from sd.attention import attention, merge_heads, split_heads
 from sd.checkpoints.mapped import mapped, page_out
 from sd.checkpoints.stamps import Stamp
-from sd.kernels import dots
-from sd.kernels.dots import Grid, Panels
+from sd.kernels import dots, native
+from sd.kernels.dots import Grid, Panels, Scale
+from sd.optimizations.base import CPU, Need, Patch, assign
 from sd.unet import GEGLU, BasicTransformerBlock, CrossAttention, ResBlock, SpatialTransformer
 from sd.vae import AttnBlock, Decoder, Encoder, ResnetBlock
 
 
 class Packed:
-    """The panels of one or more weights that multiply the same numbers, made when needed and after they changed."""
+    """The product with one or more weights that multiply the same numbers: their panels, made when needed and after
+    they changed, and the left side that these take.
 
-    def __init__(self, layers: tuple[nn.Module, ...], kind: str = "bf16", geglu: bool = False):
+    quantized: of int8, how the left side is scaled. observe: while that is not known yet, what is shown each left side.
+    """
+
+    def __init__(self, layers: tuple[nn.Module, ...], geglu: bool = False):
         self.layers = layers
-        self.kind = kind
         self.geglu = geglu
-        self.panels: Panels | None = None
+        self.quantized: Scale | None = None
+        self.observe: Callable[[Tensor], object] | None = None
         self.bias: Tensor | None = None
-        self.stamp: Stamp | None = None
+        self._panels: Panels | None = None
+        self._stamp: Stamp | None = None
 
-    def __call__(self) -> Panels:
+    @property
+    def kind(self) -> str:
+        return "bf16" if self.quantized is None else "int8"
+
+    @property
+    def panels(self) -> Panels:
         parameters = [p for layer in self.layers for p in layer.parameters()]
-        current = Stamp(parameters)
-        if current != self.stamp:
+        if self._panels is None or Stamp(parameters) != self._stamp:
             weights = [layer.weight.detach() for layer in self.layers]
-            self.panels = dots.pack(weights[0] if len(weights) == 1 else torch.cat(weights), self.kind, self.geglu)
+            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+            self._panels = dots.pack(weight, self.kind, self.geglu, self.quantized)
             biases = [layer.bias for layer in self.layers if layer.bias is not None]
             self.bias = torch.cat(biases).float() if biases else None
-            self.stamp = Stamp(parameters)
+            self._stamp = Stamp(parameters)
             for weight in mapped(weights):
                 page_out(weight)
-        return self.panels
+        return self._panels
+
+    @property
+    def inner(self) -> int:
+        """Numbers of a row of the left side."""
+        return self.layers[0].weight.shape[1]
+
+    @property
+    def padding(self) -> int:
+        """And those after them, to the end of a block."""
+        return dots.padded(self.inner, self.kind) - self.inner
+
+    def quantize(self, scale: Scale | None) -> None:
+        """From now on in int8, the left side scaled by this; or in bf16 again."""
+        self.quantized, self.observe, self._panels = scale, None, None
+
+    def rows(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """x [..., C] in fp32 or bf16, after a norm, as this product's left side; what is one already stays as it is."""
+        if x.dtype == torch.uint8:
+            return x
+        if norm is None and x.dtype == torch.bfloat16 and self.kind == "bf16" and not self.observe:
+            missing = self.inner + self.padding - x.shape[-1]
+            return F.pad(x, (0, missing)) if missing else x
+        x = x[..., : self.inner]  # without the zeros to the end of a block
+        if self.observe:
+            self.observe(x.float() if norm is None else norm(x))
+        return dots.rows(x, self.kind, norm, self.quantized)
+
+    def grid(self, x: Tensor, norm: nn.GroupNorm | None = None, silu: bool = False, upsampled: bool = False) -> Grid:
+        """x [B, C, H, W], after what is said, as this product's left side."""
+        x = x.float()
+        if self.observe:
+            made = x if norm is None else norm(x)
+            self.observe(F.silu(made) if silu else made)
+        return dots.grid(x, self.kind, None, norm, silu, upsampled, self.quantized)
 
 
 def called_otherwise(layer: nn.Module) -> bool:
@@ -62,21 +109,13 @@ class DotLinear(nn.Linear):
         return f"C++ {self.packed.kind}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., C] in fp32; or in bf16, as `dots.rows` pads it or not -> [..., C_out]."""
+        """x [..., C] in fp32 or bf16, or as `packed.rows` made it -> [..., C_out]."""
         return self.added(x)
 
     def added(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same plus residual [..., C_out] in fp32."""
-        panels = self.packed()
-        return dots.linear(rows(x, panels), panels, self.packed.bias, residual, out=self.out)
-
-
-def rows(x: Tensor, panels: Panels) -> Tensor:
-    """x as the left side of a product, of as many numbers as its weights have."""
-    if x.dtype == torch.bfloat16 and panels.kind == "bf16":
-        missing = -panels.inner % (dots.sizes().row // 2)
-        return F.pad(x, (0, missing)) if missing and x.shape[-1] == panels.inner else x
-    return dots.rows(x.float(), panels.kind)
+        packed = self.packed
+        return dots.linear(packed.rows(x), packed.panels, packed.bias, residual, out=self.out)
 
 
 class DotConv(nn.Conv2d):
@@ -103,9 +142,8 @@ class DotConv(nn.Conv2d):
         out: torch.dtype = torch.float32,
     ) -> Tensor:
         """The convolution of x [B, C, H, W], after what is said, plus shift [B or 1, C_out] plus residual."""
-        panels = self.packed()
-        made = dots.grid(x.float(), panels.kind, None, norm, silu, upsampled)
-        bias = self.packed.bias
+        packed = self.packed
+        made, panels, bias = packed.grid(x, norm, silu, upsampled), packed.panels, packed.bias
         if shift is not None:
             bias = shift if bias is None else shift + bias
         return dots.conv(made, panels, bias, residual, out, self.stride[0], self.moved)
@@ -159,38 +197,42 @@ class DotTransformerBlock(BasicTransformerBlock):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = plus_attention(x, self.norm1, self.attn1)
         x = plus_attention(x, self.norm2, self.attn2, context)
-        gated = self.ff.net[0](dots.rows(x, "bf16", self.norm3))
-        return self.ff.net[2].added(gated, x)
+        gate, last = self.ff.net[0], self.ff.net[2]
+        return last.added(gate(gate.packed.rows(x, self.norm3)), x)
 
 
 def plus_attention(x: Tensor, norm: nn.LayerNorm, attend: CrossAttention, *context: Tensor) -> Tensor:
-    h = dots.rows(x, "bf16", norm)
     if called_otherwise(attend) or called_otherwise(attend.to_out):
-        return x + attend(h, *context)
-    return attend.to_out[0].added(attend.attended(h, *context), x)
+        return x + attend(dots.rows(x, "bf16", norm)[..., : x.shape[-1]], *context)
+    first = attend.packed if isinstance(attend, DotSelfAttention) else attend.to_q.packed
+    return attend.to_out[0].added(attend.attended(first.rows(x, norm), *context), x)
 
 
 class DotGEGLU(GEGLU):
+    """after: the product that reads the result, which is made in its numbers."""
+
     packed: Packed
+    after: Packed
 
     @property
     def kernel(self) -> str:
         return f"C++ {self.packed.kind}"
 
     def forward(self, x: Tensor) -> Tensor:
-        panels = self.packed()
-        return dots.linear(rows(x, panels), panels, self.packed.bias, out=torch.bfloat16)
+        packed, scale = self.packed, self.after.quantized
+        out = torch.bfloat16 if scale is None or self.after.padding else torch.uint8
+        return dots.linear(packed.rows(x), packed.panels, packed.bias, out=out, quantized=scale)
 
 
 class DotSelfAttention(CrossAttention):
     """q, k and v by one product."""
 
-    kernel = "one product for q, k, v"
     packed: Packed
 
+    kernel = "one product for q, k, v"
+
     def attended(self, x: Tensor, context: None = None) -> Tensor:
-        panels = self.packed()
-        qkv = dots.linear(rows(x, panels), panels, out=torch.bfloat16)
+        qkv = dots.linear(self.packed.rows(x), self.packed.panels, out=torch.bfloat16)
         q, k, v = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
         return merge_heads(self.attend(q, k, v))
 
@@ -238,13 +280,11 @@ class DotAttnBlock(AttnBlock):
     last: Packed
 
     def forward(self, x: Tensor) -> Tensor:
-        panels = self.packed()
-        made: Grid = dots.grid(x, panels.kind, norm=self.norm)
-        qkv = dots.conv(made, panels, self.packed.bias, out=torch.bfloat16)
+        packed, last = self.packed, self.last
+        qkv = dots.conv(packed.grid(x, self.norm), packed.panels, packed.bias, out=torch.bfloat16)
         q, k, v = (part.transpose(1, 2)[:, None] for part in qkv.flatten(2).chunk(3, dim=1))  # [B, 1, L, C]
         h = self.attend(q, k, v)[:, 0]
-        residual = x.permute(0, 2, 3, 1).flatten(1, 2)
-        y = dots.linear(rows(h, self.last()), self.last(), self.last.bias, residual)
+        y = dots.linear(last.rows(h), last.panels, last.bias, x.permute(0, 2, 3, 1).flatten(1, 2))
         return y.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
@@ -289,3 +329,89 @@ BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     Decoder: DotDecoder,
 }
 """Blocks of layers whose class is all that changes."""
+
+
+# ---- putting them in
+
+
+def why_not_here() -> str:
+    """Why this machine does not multiply short numbers faster than fp32's; "" if it does."""
+    if missing := native.why_not():
+        return missing
+    return "" if dots.fast() else f"this one has neither ({native.instruction_set()}): fp32 is faster here"
+
+
+BESIDE_NONE = (
+    *("fp16", "bf16", "compile", "channels-last", "pointwise-linear", "prepacked"),
+    *("attention", "naive", "packed-qkv"),
+    *("int8-weights", "int8-dynamic", "int8-static", "float8"),
+)
+"""Switches that do the same work another way, or read the weights."""
+SHORT = Need("a CPU with AMX or AVX512-BF16, and a C++ compiler", lambda pipe: CPU.why_not(pipe) or why_not_here())
+
+
+def with_vae() -> bool:
+    """Whether the VAE's products are short numbers' too: not without AMX, where Winograd's way in fp32 is faster.
+
+    A decoding to 512x512 on 2 cores of Zen 5: 2.8 s in bf16, at 970 of the 1,040 GFLOP/s that there are; 1.9 s in fp32.
+    """
+    return native.instruction_set() == "amx"
+
+
+def put_in(patch: Patch) -> None:
+    """Give the UNet these layers and blocks, and the VAE where that is worth it, all in bf16; the rest is in fp32."""
+    models = (patch.unet, patch.vae) if with_vae() else (patch.unet,)
+    layers = dict(_layers(models))
+    for layer, kind in layers.items():
+        own = {"moved": False} if kind is DotConv else {"out": torch.float32}
+        patch.swap(layer, kind, packed=Packed((layer,)), **own)
+    for plain, fast in BLOCKS.items():
+        for module in patch.modules(plain, *models):
+            patch.swap(module, fast)
+            if plain is vae.Downsample:
+                patch.set(module.conv, "moved", True)
+    for block in patch.modules(DotTransformerBlock, patch.unet):
+        _attention(patch, block.attn1, block.attn2)
+        gate = block.ff.net[0]
+        patch.swap(gate, DotGEGLU, packed=Packed((gate.proj,), geglu=True), after=block.ff.net[2].packed)
+        patch.within(gate.proj)
+    for module in patch.modules(AttnBlock, *models):
+        projections = module.q, module.k, module.v
+        patch.swap(module, DotAttnBlock, packed=Packed(projections), last=Packed((module.proj_out,)))
+        patch.set(module, "attend", dot_attention, label="C++ bf16")
+        patch.within(*projections, module.proj_out)
+    patch.swap(patch.unet.out, DotHead)
+    _all_else_in_fp32(patch, {id(layer.weight) for layer in layers})
+
+
+def _layers(models: tuple[nn.Module, ...]) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """The products: of the UNet all but the timestep's, of the VAE all but those from four channels to four."""
+    for path, layer in [found for model in models for found in model.named_modules()]:
+        if type(layer) is nn.Linear and "time_embed" not in path and "emb_layers" not in path:
+            yield layer, DotLinear
+        elif type(layer) is nn.Conv2d and "quant_conv" not in path:
+            yield layer, DotConv
+
+
+def _attention(patch: Patch, to_itself: CrossAttention, to_text: CrossAttention) -> None:
+    for module in (to_itself, to_text):
+        patch.set(module, "attend", dot_attention, label="C++ bf16")
+    projections = to_itself.to_q, to_itself.to_k, to_itself.to_v
+    patch.swap(to_itself, DotSelfAttention, packed=Packed(projections))
+    patch.within(*projections)
+    for layer in (to_text.to_q, to_text.to_k, to_text.to_v):
+        patch.set(layer, "out", torch.bfloat16)
+
+
+def _all_else_in_fp32(patch: Patch, packed: set[int]) -> None:
+    """Parameters but those that are packed: norms, biases, the timestep's layers, the text encoder."""
+    for model in (patch.clip, patch.unet, patch.vae):
+        others = {
+            name: weight
+            for name, weight in model.named_parameters()
+            if id(weight) not in packed and weight.dtype != torch.float32
+        }
+        if others:
+            patch.converts(model, others, back=lambda model=model, others=others: assign(model, others))
+            assign(model, {name: weight.detach().float() for name, weight in others.items()})
+    patch.set(patch.pipe, "dtype", torch.float32)

@@ -80,8 +80,9 @@ SWITCHES = {
     "int8_dynamic": "int8-dynamic",
     "float8": "float8",
     "int8_static": "int8-static",
+    "cpu_int8": "cpu-int8",
 }
-"""The schemes, by the names of their switches."""
+"""The schemes, by the names of their switches. The last one has a file of its own, cpu_int8.py."""
 
 FILTER_FILE = Path(__file__).with_name("quantize_filter.json")
 INSTALL_TORCHAO = "quantization by torchao needs it: pip install torchao==0.18.0"

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import safetensors
@@ -14,7 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
+from sd.kernels.dots import Scale
 from sd.optimizations.base import Record, in_the_weights_mode, record_of
+from sd.optimizations.cpu_int8 import put_in_with, scales_of
+from sd.optimizations.dot_layers import SHORT
 from sd.optimizations.quantization import (
     FLOAT8,
     STATIC_TWINS,
@@ -46,7 +49,12 @@ def save_quantized(pipe: StableDiffusion, path: str | os.PathLike) -> None:
     done: Quantization | None = getattr(pipe.unet, "quantization", None)
     if done is None:
         raise ValueError("the UNet is not quantized: apply one of " + ", ".join(SWITCHES.values()) + " before saving")
-    if done.scheme == "int8_static":
+    if done.scheme == "cpu_int8":
+        # The ranges alone: the weights are where they were, and are rounded again when they are packed.
+        done = replace(done, weights=digest(pipe.unet, done.layers))
+        scales = scales_of(pipe.unet).items()
+        tensors, attributes = {name: torch.tensor(scale, dtype=torch.float64) for name, scale in scales}, {}
+    elif done.scheme == "int8_static":
         tensors, attributes = _flatten_static(pipe.unet, done.layers), {}
     else:
         tensors, attributes = _flatten_torchao(pipe.unet, done.layers)
@@ -73,8 +81,9 @@ def load_quantized(pipe: StableDiffusion, path: str | os.PathLike) -> None:
         done = _quantization(json.loads(metadata["quantization"]))
         base, attributes = json.loads(metadata["base"]), dict(json.loads(metadata["attributes"]))
     _check_machine(pipe, done, path)
-    _check_base(pipe, base, path)
-    names = chosen_layers(pipe, done.scheme, done.layers)
+    if done.scheme != "cpu_int8":  # whose weights may be of any type
+        _check_base(pipe, base, path)
+    names = done.layers if done.scheme == "cpu_int8" else chosen_layers(pipe, done.scheme, done.layers)
     if done.weights != digest(pipe.unet, names):
         raise ValueError(f"{path} was made from other weights than those loaded: another checkpoint, or a changed one")
     record = record_of(pipe) or Record(pipe)
@@ -82,7 +91,10 @@ def load_quantized(pipe: StableDiffusion, path: str | os.PathLike) -> None:
     try:
         with logged_size(pipe):
             with _readable(path):
-                if done.scheme == "int8_static":
+                if done.scheme == "cpu_int8":
+                    put_in_with(patch, {name: Scale(*tensors[name].tolist()) for name in names})
+                    new = {}
+                elif done.scheme == "int8_static":
                     new = _unflatten_static(pipe.unet, names, tensors, done.engine)
                 else:
                     new = _unflatten_torchao(pipe.unet, names, tensors, attributes)
@@ -119,6 +131,13 @@ def _read(path: str | os.PathLike, device: torch.device) -> tuple[dict[str, str]
     return metadata, tensors
 
 
+def scheme_of(path: str | os.PathLike) -> str:
+    """The scheme of a file by `save_quantized`. Raises as `load_quantized` does."""
+    metadata, _ = _read(path, torch.device("cpu"))
+    with _readable(path):
+        return _quantization(json.loads(metadata["quantization"])).scheme
+
+
 def _quantization(raw: dict) -> Quantization:
     done = Quantization(**{**raw, "layers": tuple(raw["layers"])})
     if done.scheme not in SWITCHES:
@@ -129,6 +148,8 @@ def _quantization(raw: dict) -> Quantization:
 def _check_machine(pipe: StableDiffusion, done: Quantization, path: str | os.PathLike) -> None:
     if done.scheme == "float8" and (missing := FLOAT8.why_not(pipe)):
         raise ValueError(f"{path} needs {FLOAT8.text}; {missing}")
+    if done.scheme == "cpu_int8" and (missing := SHORT.why_not(pipe)):
+        raise ValueError(f"{path} needs {SHORT.text}; {missing}")
     if done.scheme == "int8_static":
         require_cpu_fp32(pipe, done.engine)
         if not done.reduce_range and not has_vnni():

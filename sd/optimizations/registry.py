@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from sd.checkpoints.stamps import touch
+from sd.kernels import native
 from sd.optimizations.base import (
     Optimization,
     OptimizationError,
@@ -71,7 +72,8 @@ def _exact(pipe: StableDiffusion) -> tuple[str, ...]:
 
 def _cpu(pipe: StableDiffusion) -> tuple[str, ...]:
     kernels = ("winograd", "cpu-linear", "cpu-attention", "cpu-norm")
-    return (*kernels, "kv-cache", "page-out", "keep-memory", "shared-halves")
+    around = ("kv-cache", "page-out", "keep-memory", "shared-halves")
+    return (*kernels, *around) if pipe.dtype == torch.float32 else ("cpu-bf16", *kernels, *around)
 
 
 def _fast(pipe: StableDiffusion) -> tuple[str, ...]:
@@ -79,11 +81,23 @@ def _fast(pipe: StableDiffusion) -> tuple[str, ...]:
 
 
 def _default(pipe: StableDiffusion) -> tuple[str, ...]:
-    """Without a word from anybody: what is exact, for a model that is large enough to pay its preparation back."""
+    """Without a word from anybody: what is exact, for a model that is large enough to pay its preparation back; and on
+    a CPU with AMX products of bf16 numbers, as on a GPU everything is in fp16."""
     large = sum(weight.numel() for weight in pipe.unet.parameters()) >= LARGE
     if not large or getattr(pipe.unet, "quantization", None):
         return ()
+    if pipe.device.type == "cpu" and short_by_default():
+        return ("cpu-bf16", *(name for name in _cpu(pipe) if name != "cpu-bf16"))
     return {"cpu": _cpu, "cuda": _exact}.get(pipe.device.type, _none)(pipe)
+
+
+def short_by_default() -> bool:
+    """Whether this CPU multiplies bf16 numbers so much faster than fp32 that a large model is drawn with them.
+
+    On the demo model's 16 prompts, 50 steps, they leave the picture at a median of 50 dB from fp32's (gains.json); the
+    bounds that they had to hold were 45, and 40 for the worst.
+    """
+    return native.load() is not None and native.instruction_set() == "amx"
 
 
 PRESETS: Mapping[str, Callable[[StableDiffusion], tuple[str, ...]]] = MappingProxyType(

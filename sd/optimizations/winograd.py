@@ -299,9 +299,11 @@ def _uses(pipe: StableDiffusion) -> Iterator[Use]:
     context = torch.empty(2, config.text.max_length, config.unet.context_dim, device="meta")
     t = torch.empty(2, dtype=torch.int64, device="meta")
     for name, positions in grids(unet_, (x, t, context)):
-        yield _use(pipe.unet.get_submodule(name), positions, STEPS)
+        if is_winograd(layer := pipe.unet.get_submodule(name)):  # and no other switch's
+            yield _use(layer, positions, STEPS)
     for name, positions in grids(vae_.decoder, (x[:1, : config.vae.z_channels],)):
-        yield _use(pipe.vae.decoder.get_submodule(name), positions, 1)
+        if is_winograd(layer := pipe.vae.decoder.get_submodule(name)):
+            yield _use(layer, positions, 1)
 
 
 def _use(layer: nn.Conv2d, positions: int, calls: int) -> Use:

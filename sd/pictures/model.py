@@ -80,17 +80,47 @@ class ModelChoice:
 
     def load_plain(self, checkpoint: Path) -> "StableDiffusion":
         """The same without optimizations, but for weights that are loaded quantized."""
-        import torch
-
         from sd.pipeline import StableDiffusion
 
         device = check_device(self.device)
-        pipe = StableDiffusion.load(checkpoint, device, self.dtype and getattr(torch, self.dtype), ema=self.ema)
+        pipe = StableDiffusion.load(checkpoint, device, self._dtype_to_load(checkpoint), ema=self.ema)
         if self.load_quantized:
             from sd.optimizations.quantized_files import load_quantized
 
             load_quantized(pipe, self.load_quantized)
         return pipe
+
+    def _dtype_to_load(self, checkpoint: Path) -> "torch.dtype | None":
+        """The one that is asked for; but where short numbers will be packed from the weights, the file's own, so that
+        they stay mapped and take no memory."""
+        import torch
+
+        from sd import model_loader
+        from sd.optimizations import registry
+
+        dtype = self.dtype and getattr(torch, self.dtype)
+        if not self._on_cpu():
+            return dtype
+        if self.load_quantized:
+            from sd.optimizations.quantized_files import scheme_of
+
+            packed = scheme_of(self.load_quantized) == "cpu_int8"
+            return model_loader.stored(checkpoint).dtype if packed else dtype
+        by_default = self.opt is None and dtype is None and registry.short_by_default()
+        if self._packs_short_numbers():
+            return model_loader.stored(checkpoint).dtype
+        if by_default and (kept := model_loader.stored(checkpoint)).numbers >= registry.LARGE:
+            return kept.dtype
+        return dtype
+
+    def _on_cpu(self) -> bool:
+        from sd.pipeline import default_device
+
+        return (check_device(self.device) or default_device()).type == "cpu"
+
+    def _packs_short_numbers(self) -> bool:
+        words = [word.strip().partition("=")[0] for word in self.names().split(",")]
+        return "cpu-bf16" in words or "cpu-int8" in words
 
     def optimize(self, pipe: "StableDiffusion") -> None:
         """Apply what is chosen. Raises OptimizationError for what cannot run here."""
@@ -101,7 +131,11 @@ class ModelChoice:
     def names(self) -> str:
         """The optimizations, as `optimizations.apply` takes them."""
         names = ["default" if self.opt is None else self.opt, self.attention and f"attention={self.attention}"]
-        return ",".join(filter(None, names))
+        text = ",".join(filter(None, names))
+        by_preset = {"default", "cpu", "exact", "fast"}.intersection(text.split(","))
+        if self.dtype != "bfloat16" or not by_preset or "cpu-bf16" in text or "cpu-int8" in text or not self._on_cpu():
+            return text
+        return f"cpu-bf16,{text}" if _has_short_products() else text
 
     def facts(self, pipe: "StableDiffusion", checkpoint: Path) -> dict[str, object]:
         """What a picture's PNG says of the model and the machine; --from-png reads it."""
@@ -117,6 +151,18 @@ class ModelChoice:
             **running,
         }
         return {name: value for name, value in known.items() if value is not None}
+
+
+def _has_short_products() -> bool:
+    """Whether bf16 means products of it in C++ here, or the plain model in it. Raises UserError where both are slow."""
+    from sd.optimizations.dot_layers import why_not_here
+    from sd.optimizations.precision import has_bf16
+
+    if not why_not_here():
+        return True
+    if has_bf16():
+        return False
+    raise UserError("bfloat16 is up to 10 times slower than float32 on this CPU, which has neither AMX nor AVX512-BF16")
 
 
 def facts_of(pipe: "StableDiffusion") -> dict[str, object]:

@@ -8,18 +8,19 @@ from torch import nn
 from bench.reference.numbers import noise, pixels, relative_error
 from sd import optimizations
 from sd.kernels import dots, native
-from sd.optimizations import OptimizationError
+from sd.optimizations import OptimizationError, dot_layers
 from sd.optimizations.dot_layers import DotConv, DotLinear
 from tests.optimizations.support import CHANGES, DRAW, fresh, inputs
 from tests.sparing import sparing
 
 
 @pytest.fixture(autouse=True)
-def as_if_it_were_fast(monkeypatch):
-    """On any CPU: the kernels do the same in plain vectors."""
+def as_if_there_were_amx(monkeypatch):
+    """On any CPU: the kernels do the same by other instructions."""
     if native.load() is None:
         pytest.skip(native.why_not())
     monkeypatch.setattr(dots, "fast", lambda: True)
+    monkeypatch.setattr(dot_layers, "with_vae", lambda: True)
 
 
 IMAGES = noise(1, 3, 64, 64, seed=4).clamp(-1, 1)
@@ -119,16 +120,37 @@ def test_beside_other_switches(make, others):
     fast, expected = draw(make("cpu-bf16", others)), draw(plain)
     another = pixels(plain.generate(["a cat", "a dog"], **{**DRAW, "seed": 8})).astype(float)
     difference = np.abs(fast - expected).mean()
-    assert (
-        0 < difference < (7 if "merging" in others else 2.5)
-    )  # near ties are merged otherwise
+    assert 0 < difference < (7 if "merging" in others else 2.5)  # near ties are merged otherwise
     assert np.abs(another - expected).mean() > 3 * difference
 
 
-@pytest.mark.parametrize("other", ["winograd", "cpu-linear", "bf16", "fp16", "channels-last", "packed-qkv", "compile"])
+@torch.inference_mode()
+def test_without_amx_the_vae_stays_in_fp32_for_the_switches_of_fp32(make, monkeypatch):
+    monkeypatch.setattr(dot_layers, "with_vae", lambda: False)
+    pipe, plain = make("cpu-bf16", "cpu"), make()
+    assert {"winograd", "cpu-attention", "cpu-norm", "cpu-linear"} <= set(pipe.optimizations)
+    assert relative_error(CALLS["decode"](pipe), CALLS["decode"](plain)) < 1e-4
+    assert 1e-4 < relative_error(CALLS["unet"](pipe), CALLS["unet"](plain)) < 2e-2
+    assert not any(isinstance(layer, DotConv | DotLinear) for layer in pipe.vae.modules())
+    optimizations.undo(pipe)
+    assert torch.equal(CALLS["unet"](pipe), CALLS["unet"](plain))
+    assert torch.equal(CALLS["decode"](pipe), CALLS["decode"](plain))
+
+
+def test_with_amx_a_preset_leaves_out_what_finds_nothing(make):
+    assert not {"winograd", "cpu-attention"} & set(make("cpu-bf16", "cpu").optimizations)
+
+
+def test_a_preset_of_a_model_in_16_bits_is_of_bf16_products(loaded):
+    pipe = loaded("cpu", dtype=torch.bfloat16)
+    assert pipe.optimizations[0] == "cpu-bf16"
+    assert pipe.dtype == torch.float32
+
+
+@pytest.mark.parametrize("other", ["bf16", "fp16", "channels-last", "packed-qkv", "compile", "attention=math"])
 def test_what_it_cannot_stand_beside_is_named(make, other):
     pipe = make()
-    with pytest.raises(OptimizationError, match=f"cannot be combined with ({other}|cpu-bf16)"):
+    with pytest.raises(OptimizationError, match=f"cannot be combined with ({other.partition('=')[0]}|cpu-bf16)"):
         optimizations.apply(pipe, f"cpu-bf16,{other}")
     assert pipe.optimizations == []
 

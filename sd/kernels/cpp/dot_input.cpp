@@ -49,22 +49,29 @@ struct To {
 
 }  // namespace
 
-// out [rows, padded] = x [rows, channels], rows ldx apart; with gain and shift [channels] after a LayerNorm.
-EXPORT void sd_dot_rows(const float* x, int64_t ldx, int64_t rows, int64_t channels, int64_t padded, const float* gain,
-                        const float* shift, float eps, int type, float factor, float zero, void* out, int threads) {
+// out [rows, padded] = x [rows, channels] in fp32, or in bf16 if short_x, rows ldx apart; with gain and shift [channels]
+// after a LayerNorm.
+EXPORT void sd_dot_rows(const void* x, int short_x, int64_t ldx, int64_t rows, int64_t channels, int64_t padded,
+                        const float* gain, const float* shift, float eps, int type, float factor, float zero, void* out,
+                        int threads) {
     const To to = {type, factor, zero, channels, padded};
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
-        const float* from = x + i * ldx;
+        const auto at = [&](int64_t c, int64_t count) {
+            if (!short_x) return load(static_cast<const float*>(x) + i * ldx + c, count);
+            uint16_t part[W] = {};
+            memcpy(part, static_cast<const uint16_t*>(x) + i * ldx + c, 2 * count);
+            return load_bf16(part);
+        };
         char* row = static_cast<char*>(out) + i * to.bytes();
         float mean = 0, scale = 1;
         if (gain) {
             vec sum{}, squares{};
-            for (int64_t c = 0; c < channels; c += W) sum += load(from + c, std::min<int64_t>(W, channels - c));
+            for (int64_t c = 0; c < channels; c += W) sum += at(c, std::min<int64_t>(W, channels - c));
             for (int j = 0; j < W; j++) mean += sum[j] / channels;
             for (int64_t c = 0; c < channels; c += W) {
                 const int64_t count = std::min<int64_t>(W, channels - c);
-                vec d = load(from + c, count) - mean;
+                vec d = at(c, count) - mean;
                 if (count < W)
                     for (int j = count; j < W; j++) d[j] = 0;
                 squares += d * d;
@@ -75,7 +82,7 @@ EXPORT void sd_dot_rows(const float* x, int64_t ldx, int64_t rows, int64_t chann
         }
         for (int64_t c = 0; c < channels; c += W) {
             const int64_t count = std::min<int64_t>(W, channels - c);
-            vec v = load(from + c, count);
+            vec v = at(c, count);
             if (gain) v = (v - mean) * scale * load(gain + c, count) + load(shift + c, count);
             to.put(row, c, v, count);
         }
