@@ -1,5 +1,6 @@
 """Full-size tests are skipped, with the reason, where the machine is too small for them."""
 
+import functools
 import os
 import subprocess
 from collections.abc import Iterator
@@ -24,10 +25,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _token_files_are_read_once() -> Iterator[None]:
+    """Those of the repository, by whoever makes a Tokenizer in this process."""
+    from sd import tokenizer
+
+    read, own = tokenizer.read_bpe, (tokenizer.DATA / "vocab.json", tokenizer.DATA / "merges.txt")
+    once = functools.cache(read)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "read_bpe", lambda *paths: (once if paths == own else read)(*paths))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A small model as pipe.save writes it, its configuration in the file: it draws 64x64 pixels."""
-    from bench.reference.weights import tiny_pipeline
+    from tests.weights import tiny_pipeline
 
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     tiny_pipeline().save(path)

@@ -11,7 +11,7 @@ import torch
 from bench import common, parity, vs_diffusers
 from bench.parity import Drawn
 from bench.reference.numbers import noise, relative_error
-from bench.reference.weights import tiny_pipeline
+from tests.weights import tiny_pipeline
 
 PARTS = ["step", "latents", "picture"]
 

@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 
 from bench.reference.numbers import pixels
-from bench.reference.weights import random_models, tiny_config
+from bench.reference.weights import tiny_config
 from sd import inference
 from sd.inference import main, parse_arguments
 from sd.pictures.png import read_parameters, save_png
 from sd.pictures.run import recalled
 from sd.pipeline import StableDiffusion
+from tests.weights import random_models
 
 PROGRAM = Path(inference.__file__)
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -2,10 +2,11 @@
 
 import pytest
 
-from bench.reference.weights import TINY, random_models
+from bench.reference.weights import TINY
 from sd.pipeline import StableDiffusion
 from sd.tokenizer import Tokenizer
 from tests.optimizations.support import fresh, with_optimizations
+from tests.weights import random_models
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +20,9 @@ def tokenizer():
 
 
 @pytest.fixture
-def make(models, tokenizer):
+def make(tokenizer):
     """make("kv-cache", ...) -> a pipeline of its own weights, from no file, with these optimizations."""
-    return lambda *names: with_optimizations(fresh(models, tokenizer), *names)
+    return lambda *names: with_optimizations(fresh(tokenizer), *names)
 
 
 @pytest.fixture

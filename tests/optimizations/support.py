@@ -4,12 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.reference.numbers import noise, relative_error
-from bench.reference.weights import TINY, Models
+from bench.reference.weights import TINY
 from sd import optimizations
 from sd.config import Config
-from sd.models import build
 from sd.pipeline import StableDiffusion
 from sd.tokenizer import Tokenizer
+from tests.weights import random_models
 
 CPU = torch.device("cpu")
 KERNELS = ("winograd", "cpu-linear", "cpu-attention", "cpu-norm")
@@ -31,13 +31,9 @@ EXACT_ON_CPU = (
 DRAW = {"steps": 4, "height": 64, "width": 64, "seed": 3}
 
 
-def fresh(models: Models, tokenizer: Tokenizer | None = None, config: Config = TINY) -> StableDiffusion:
-    """A plain pipeline with copies of these weights, that came from no file."""
-    built = build(config)
-    for model, source in zip(built, models, strict=True):
-        model.load_state_dict({name: tensor.clone() for name, tensor in source.state_dict().items()}, assign=True)
-        model.eval().requires_grad_(False)
-    return StableDiffusion(config, *built, tokenizer=tokenizer)
+def fresh(tokenizer: Tokenizer, config: Config = TINY) -> StableDiffusion:
+    """A plain pipeline that came from no file; each of a configuration has the same weights."""
+    return StableDiffusion(config, *random_models(config), tokenizer=tokenizer)
 
 
 def with_optimizations(pipe: StableDiffusion, *names: str) -> StableDiffusion:

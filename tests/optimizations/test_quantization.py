@@ -18,7 +18,6 @@ from torch.ao.quantization import DeQuantStub, QuantStub
 from bench import common, sensitivity
 from bench.reference.numbers import relative_error
 from bench.reference.weights import tiny_config
-from bench.reference.weights import tiny_pipeline as tiny_pipe
 from sd import optimizations
 from sd.optimizations import OptimizationError, quantization, quantized_files
 from sd.optimizations.quantization import quantize, weight_bytes
@@ -26,6 +25,7 @@ from sd.optimizations.quantized_files import load_quantized, save_quantized
 from sd.pipeline import StableDiffusion
 from sd.samplers import PictureNoise
 from sd.unet import CrossAttention, FeedForward
+from tests.weights import tiny_pipeline as tiny_pipe
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = tiny_config()

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tgate import TgateSDLoader
 from torch import Tensor
 
 from bench.reference.numbers import noise, pixels, relative_error
@@ -43,6 +42,8 @@ def draw(pipe: StableDiffusion, **changes) -> np.ndarray:
 @torch.inference_mode()
 def test_latents_are_those_of_the_authors_package(make, step):
     """Of its two parts the first: the second, self-attention used again, is off with these intervals."""
+    from tgate import TgateSDLoader  # here, for it takes seconds to import
+
     pipe, start = make(f"tgate={step}"), noise(2, 4, 8, 8, seed=5)
     theirs = TgateSDLoader(diffusers_pipeline(make(), ddim_scheduler()))
     options = {"gate_step": step, "warm_up": step, "sp_interval": 1, "fi_interval": 1}

@@ -12,7 +12,7 @@ from tomesd.merge import bipartite_soft_matching_random2d as theirs
 
 from bench.reference.numbers import noise, pixels, relative_error
 from bench.reference.oracles import diffusers_unet
-from bench.reference.weights import TINY, random_models, tiny_config
+from bench.reference.weights import TINY, tiny_config
 from sd import optimizations
 from sd.attention import naive_attention
 from sd.optimizations import OptimizationError
@@ -133,9 +133,8 @@ def test_under_tritons_interpreter():
 def test_a_call_beside_fused_blocks(tokenizer):
     """They are given a bias apart, which likeness is measured with."""
     small = tiny_config(unet={"norm_groups": 4, "channel_mult": (1, 2), "attention_levels": (0,)})
-    models = random_models(small)
-    fused = fresh(models, tokenizer, small), ["token-merging", "packed-qkv", "fused-layernorm", "fused-geglu"]
-    alone = fresh(models, tokenizer, small), ["token-merging"]
+    fused = fresh(tokenizer, small), ["token-merging", "packed-qkv", "fused-layernorm", "fused-geglu"]
+    alone = fresh(tokenizer, small), ["token-merging"]
     fast, plain = (with_optimizations(pipe, *names) for pipe, names in (fused, alone))
     assert relative_error(fast.unet(*inputs()), plain.unet(*inputs())) < 1e-5
 
