@@ -1,17 +1,14 @@
 """make("kv-cache", ...) and loaded("fp16", ...): small pipelines, without a file and from one."""
 
+from pathlib import Path
+
 import pytest
 
-from bench.reference.weights import TINY
+from sd.config import Config
 from sd.pipeline import StableDiffusion
 from sd.tokenizer import Tokenizer
 from tests.optimizations.support import fresh, with_optimizations
-from tests.weights import random_models
-
-
-@pytest.fixture(scope="session")
-def models():
-    return random_models(TINY)
+from tests.weights import SHALLOW
 
 
 @pytest.fixture(scope="session")
@@ -22,16 +19,25 @@ def tokenizer():
 @pytest.fixture
 def make(tokenizer):
     """make("kv-cache", ...) -> a pipeline of its own weights, from no file, with these optimizations."""
-    return lambda *names: with_optimizations(fresh(tokenizer), *names)
+
+    def make(*names: str, config: Config = SHALLOW) -> StableDiffusion:
+        return with_optimizations(fresh(tokenizer, config), *names)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shallow_checkpoint(tokenizer, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "shallow.safetensors"
+    fresh(tokenizer).save(path)
+    return path
 
 
 @pytest.fixture
-def loaded(tiny_checkpoint, tokenizer):
+def loaded(shallow_checkpoint):
     """loaded("fp16", ...) -> a pipeline whose weights are a file's."""
 
     def loaded(*names: str, **options) -> StableDiffusion:
-        pipe = StableDiffusion.load(tiny_checkpoint, "cpu", **options)
-        pipe.tokenizer = tokenizer
-        return with_optimizations(pipe, *names)
+        return with_optimizations(StableDiffusion.load(shallow_checkpoint, "cpu", **options), *names)
 
     return loaded

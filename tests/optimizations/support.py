@@ -4,12 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from bench.reference.numbers import noise, relative_error
-from bench.reference.weights import TINY
 from sd import optimizations
 from sd.config import Config
 from sd.pipeline import StableDiffusion
 from sd.tokenizer import Tokenizer
-from tests.weights import random_models
+from tests.weights import SHALLOW, random_models
 
 CPU = torch.device("cpu")
 KERNELS = ("winograd", "cpu-linear", "cpu-attention", "cpu-norm")
@@ -26,12 +25,12 @@ EXACT_ON_CPU = (
     "async-noise",
     "keep-memory",
 )
-"""Exact switches that find something to do in the tiny model on a CPU."""
+"""Exact switches that find something to do in a small model on a CPU."""
 
-DRAW = {"steps": 4, "height": 64, "width": 64, "seed": 3}
+DRAW = {"steps": 4, "height": 16, "width": 16, "seed": 3}
 
 
-def fresh(tokenizer: Tokenizer, config: Config = TINY) -> StableDiffusion:
+def fresh(tokenizer: Tokenizer, config: Config = SHALLOW) -> StableDiffusion:
     """A plain pipeline that came from no file; each of a configuration has the same weights."""
     return StableDiffusion(config, *random_models(config), tokenizer=tokenizer)
 
@@ -42,7 +41,7 @@ def with_optimizations(pipe: StableDiffusion, *names: str) -> StableDiffusion:
 
 
 def inputs(batch: int = 2, side: int = 8, t: int = 541, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """x, t and context of a call of TINY's UNet."""
+    """x, t and context of a call of a UNet."""
     return noise(batch, 4, side, side, seed=seed), torch.tensor(t), noise(batch, 77, 64, seed=seed + 1)
 
 
