@@ -1,6 +1,7 @@
 """Full-size tests are skipped, with the reason, where the machine is too small for them."""
 
 import functools
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,16 @@ FULL_SIZE_MEMORY = 16 * 2**30
 
 def memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+gc.disable()  # until all is imported
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection need look at a million objects of other people's modules."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
