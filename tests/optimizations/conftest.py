@@ -1,7 +1,5 @@
 """make("kv-cache", ...) and loaded("fp16", ...): small pipelines, without a file and from one."""
 
-from pathlib import Path
-
 import pytest
 
 from sd.config import Config
@@ -24,13 +22,6 @@ def make(tokenizer):
         return with_optimizations(fresh(tokenizer, config), *names)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def shallow_checkpoint(tokenizer, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "shallow.safetensors"
-    fresh(tokenizer).save(path)
-    return path
 
 
 @pytest.fixture
