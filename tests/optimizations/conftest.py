@@ -5,8 +5,13 @@ import pytest
 from sd.config import Config
 from sd.pipeline import StableDiffusion
 from sd.tokenizer import Tokenizer
-from tests.optimizations.support import fresh, with_optimizations
-from tests.weights import SHALLOW
+from tests.optimizations.support import with_optimizations
+from tests.weights import SHALLOW, random_models
+
+
+@pytest.fixture(scope="session")
+def models():
+    return random_models(SHALLOW)
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +24,7 @@ def make(tokenizer):
     """make("kv-cache", ...) -> a pipeline of its own weights, from no file, with these optimizations."""
 
     def make(*names: str, config: Config = SHALLOW) -> StableDiffusion:
-        return with_optimizations(fresh(tokenizer, config), *names)
+        return with_optimizations(StableDiffusion(config, *random_models(config), tokenizer=tokenizer), *names)
 
     return make
 

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.reference.numbers import noise, relative_error
+from bench.reference.weights import Models
 from sd import optimizations
 from sd.config import Config
 from sd.pipeline import StableDiffusion
 from sd.tokenizer import Tokenizer
-from tests.weights import SHALLOW, random_models
+from tests.weights import SHALLOW, Copier
 
 CPU = torch.device("cpu")
 KERNELS = ("winograd", "cpu-linear", "cpu-attention", "cpu-norm")
@@ -30,9 +31,9 @@ EXACT_ON_CPU = (
 DRAW = {"steps": 4, "height": 16, "width": 16, "seed": 3}
 
 
-def fresh(tokenizer: Tokenizer, config: Config = SHALLOW) -> StableDiffusion:
-    """A plain pipeline that came from no file; each of a configuration has the same weights."""
-    return StableDiffusion(config, *random_models(config), tokenizer=tokenizer)
+def fresh(models: Models, tokenizer: Tokenizer | None = None, config: Config = SHALLOW) -> StableDiffusion:
+    """A plain pipeline with copies of these weights, that came from no file."""
+    return StableDiffusion(config, *Copier(models)(), tokenizer=tokenizer)
 
 
 def with_optimizations(pipe: StableDiffusion, *names: str) -> StableDiffusion:

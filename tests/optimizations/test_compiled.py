@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.reference.numbers import pixels
-from bench.reference.weights import tiny_config
+from bench.reference.weights import random_models, tiny_config
 from sd import optimizations
 from sd.optimizations.compiled import compile_seconds
 from tests.optimizations.support import fresh
@@ -22,7 +22,8 @@ ONE_LEVEL = tiny_config(
 def test_compile(tokenizer, tmp_path, monkeypatch):
     """The same pictures; and once one is drawn, no graph break and no recompilation for anything but another shape."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    fast, plain = (fresh(tokenizer, ONE_LEVEL) for _ in range(2))
+    models = random_models(ONE_LEVEL)
+    fast, plain = (fresh(models, tokenizer, ONE_LEVEL) for _ in range(2))
     optimizations.apply(fast, ["compile", "kv-cache", "time-cache", "packed-qkv"])
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters

@@ -119,9 +119,7 @@ def test_beside_other_switches(make, others):
     fast, expected = draw(make("cpu-bf16", others)), draw(plain)
     another = pixels(plain.generate(["a cat", "a dog"], **{**DRAW, "seed": 8})).astype(float)
     difference = np.abs(fast - expected).mean()
-    assert (
-        0 < difference < (7 if "merging" in others else 2.5)
-    )  # near ties are merged otherwise
+    assert 0 < difference < (7 if "merging" in others else 2.5)  # near ties are merged otherwise
     assert np.abs(another - expected).mean() > 3 * difference
 
 

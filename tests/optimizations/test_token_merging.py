@@ -134,8 +134,9 @@ def test_under_tritons_interpreter():
 def test_a_call_beside_fused_blocks(tokenizer):
     """They are given a bias apart, which likeness is measured with."""
     small = tiny_config(unet={"norm_groups": 4, "channel_mult": (1, 2), "attention_levels": (0,)})
-    fused = fresh(tokenizer, small), ["token-merging", "packed-qkv", "fused-layernorm", "fused-geglu"]
-    alone = fresh(tokenizer, small), ["token-merging"]
+    models = random_models(small)
+    fused = fresh(models, tokenizer, small), ["token-merging", "packed-qkv", "fused-layernorm", "fused-geglu"]
+    alone = fresh(models, tokenizer, small), ["token-merging"]
     fast, plain = (with_optimizations(pipe, *names) for pipe, names in (fused, alone))
     assert relative_error(fast.unet(*inputs()), plain.unet(*inputs())) < 1e-5
 
