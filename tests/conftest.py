@@ -1,5 +1,7 @@
 """Full-size tests are skipped, with the reason, where the machine is too small for them."""
 
+import functools
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +16,16 @@ def memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+gc.disable()  # until all is imported
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection need look at a million objects of other people's modules."""
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if memory() >= FULL_SIZE_MEMORY:
         return
@@ -24,13 +36,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _token_files_are_read_once() -> Iterator[None]:
+    """Those of the repository, by whoever makes a Tokenizer in this process."""
+    from sd import tokenizer
+
+    read, own = tokenizer.read_bpe, (tokenizer.DATA / "vocab.json", tokenizer.DATA / "merges.txt")
+    once = functools.cache(read)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "read_bpe", lambda *paths: (once if paths == own else read)(*paths))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A small model as pipe.save writes it, its configuration in the file: it draws 64x64 pixels."""
-    from bench.reference.weights import tiny_pipeline
+    from tests.weights import tiny_pipeline
 
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     tiny_pipeline().save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shallow_checkpoint(tmp_path_factory) -> Path:
+    """A smaller one, where depth shows nothing: it draws 16x16 pixels in a third of the time."""
+    from tests.weights import shallow_pipeline
+
+    path = tmp_path_factory.mktemp("weights") / "shallow.safetensors"
+    shallow_pipeline().save(path)
     return path
 
 

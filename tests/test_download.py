@@ -64,7 +64,9 @@ class Server:
         return [request.get("Range") for request in self.requests]
 
 
-def serve(handler, server, body: Callable[[bytes], bytes] = lambda body: body, pause: float = 0.0) -> None:
+def serve(
+    handler, server, body: Callable[[bytes], bytes] = lambda body: body, pause: Callable[[], object] = lambda: None
+) -> None:
     """As a good server does, ETag and If-Range included; `body` may shorten what is sent."""
     begin = int(re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", "bytes=0-"))[1])
     if handler.headers.get("If-Range", server.etag) != server.etag:
@@ -85,7 +87,7 @@ def serve(handler, server, body: Callable[[bytes], bytes] = lambda body: body, p
     for i in range(0, len(sent), 2**16):
         handler.wfile.write(sent[i : i + 2**16])
         handler.wfile.flush()
-        time.sleep(pause)
+        pause()
 
 
 def drop_after(count: int):
@@ -93,7 +95,7 @@ def drop_after(count: int):
 
 
 def slowly(handler, server) -> None:
-    serve(handler, server, pause=0.05)
+    serve(handler, server, pause=lambda: time.sleep(0.05))
 
 
 def ignore_range(handler, server) -> None:
@@ -373,14 +375,18 @@ def test_the_disk_is_looked_at_first(server, fetch, tmp_path, monkeypatch):
 
 
 def test_two_at_once(server, fetch, tmp_path):
-    server.answers = [slowly]
+    go_on = threading.Event()
+    server.answers = [lambda handler, server: serve(handler, server, pause=go_on.wait)]
     first = threading.Thread(target=fetch)
     first.start()
     while not server.requests:
         time.sleep(0.01)
-    with pytest.raises(DownloadError, match="another download"):
-        fetch()
-    first.join()
+    try:
+        with pytest.raises(DownloadError, match="another download"):
+            fetch()
+    finally:
+        go_on.set()
+        first.join()
     assert whole(tmp_path)
 
 

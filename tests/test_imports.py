@@ -223,13 +223,26 @@ def test_no_torch_at_import(name):
 # ---- the check itself
 
 
-@pytest.fixture
-def tree(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
     """A copy of the repository's Python files."""
+    folder = tmp_path_factory.mktemp("copy")
     for file in python_files(ROOT):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / file, tmp_path / file)
-    return tmp_path
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, folder / file)
+    return folder
+
+
+@pytest.fixture
+def tree(copy) -> Iterator[Path]:
+    """The copy, for a test to add to; what it added is gone after it."""
+    before = {file: (copy / file).read_bytes() for file in python_files(copy)}
+    yield copy
+    for file in python_files(copy):
+        if file not in before:
+            (copy / file).unlink()
+        elif (copy / file).read_bytes() != before[file]:
+            (copy / file).write_bytes(before[file])
 
 
 def add(tree: Path, file: str, line: str) -> None:

@@ -136,10 +136,10 @@ def test_containers_that_cannot_start_end_the_run(filled):
 # ---- writing results, without Modal
 
 
-def test_ten_thousand_pictures_are_not_held(tmp_path, monkeypatch):
+def test_a_thousand_pictures_are_not_held(tmp_path, monkeypatch):
     """Each is on the disk before the next is asked for, whatever the order."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # 20 seconds of them
-    pictures = modal_inference.plan_file(prompts_file(tmp_path, 10_000), {}, tmp_path / "out", "demo", False)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # 2 seconds of them
+    pictures = modal_inference.plan_file(prompts_file(tmp_path, 1_000), {}, tmp_path / "out", "demo", False)
 
     def results() -> Iterator[dict]:
         for job, file in reversed(pictures):
@@ -147,7 +147,7 @@ def test_ten_thousand_pictures_are_not_held(tmp_path, monkeypatch):
             assert file.read_bytes() == b"%d" % job.index
 
     assert modal_inference.write_results(results(), pictures) == {}
-    assert len(list((tmp_path / "out").iterdir())) == 10_000
+    assert len(list((tmp_path / "out").iterdir())) == 1_000
 
 
 def prompts_file(folder: Path, count: int) -> str:

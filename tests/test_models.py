@@ -10,13 +10,14 @@ from torch import nn
 
 from bench.reference import numbers, oracles
 from bench.reference.numbers import relative_error
-from bench.reference.weights import random_models, tiny_config
+from bench.reference.weights import tiny_config
 from sd.attention import attention, naive_attention
 from sd.clip import CLIP
 from sd.config import SD15, Config, UNetConfig, VAEConfig
 from sd.pipeline import StableDiffusion
 from sd.unet import UNet, timestep_embedding
 from sd.vae import VAE
+from tests.weights import random_models
 
 TIGHT = 1e-10
 noise = functools.partial(numbers.noise, dtype=torch.float64)

@@ -13,9 +13,10 @@ from PIL import Image
 from bench.reference import oracles
 from bench.reference.numbers import noise, pixels
 from bench.reference.oracles import diffusers_pipeline
-from bench.reference.weights import random_models, tiny_config
+from bench.reference.weights import tiny_config
 from sd.images import to_pil
 from sd.pipeline import StableDiffusion
+from tests.weights import random_models
 
 PROMPTS = ["a lighthouse in a storm", "two red apples"]
 NEGATIVE = "blurry"

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import json
 import re
 import runpy
 import shlex
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sd import inference
 from sd.pictures.png import read_parameters
 from sd.pipeline import DEMO_CHECKPOINT
 
@@ -62,11 +64,19 @@ def copy(tmp_path) -> Path:
     return tmp_path
 
 
-def draw(root: Path, *options: object) -> str:
-    command = [sys.executable, str(root / "sd" / "inference.py"), *map(str, options)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+LINES = """
+import json, sys
+from sd.inference import main
+for line in json.loads(sys.argv[1]):
+    assert main(line) == 0, line
+"""
+
+
+def draw(root: Path, *lines: tuple) -> None:
+    """Command lines with the copy's program, in one process: importing torch takes longer than drawing."""
+    words = json.dumps([[str(word) for word in line] for line in lines])
+    done = subprocess.run([sys.executable, "-c", LINES, words], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_each_block_has_its_test():
@@ -95,7 +105,7 @@ def test_the_picture_it_saves_can_be_drawn_again(tmp_path, monkeypatch):
     exec(compile(until_saved.replace("steps=20", "steps=4"), "README.md", "exec"), {})
     (saved,) = tmp_path.glob("*.png")
     assert read_parameters(saved)["steps"] == 4
-    draw(ROOT, "--from-png", saved, "--out", tmp_path / "again.png")
+    assert inference.main(["--from-png", str(saved), "--out", str(tmp_path / "again.png")]) == 0
     np.testing.assert_allclose(pixels(tmp_path / "again.png"), pixels(saved), atol=1)  # threads may differ
 
 
@@ -103,9 +113,8 @@ def test_your_own_optimization(copy):
     file = next(name for name in BLOCKS if name and name.startswith("sd/optimizations/"))
     name = re.search(r'@optimization\("([^"]+)"', BLOCKS[file])[1]
     (copy / file).write_text(BLOCKS[file])
-    for interval in (1, 2):
-        same = ("--prompt", "a red apple", "--steps", 12, "--seed", 1, "--sampler", "ddim")
-        draw(copy, *same, "--opt", f"{name}={interval}", "--out", f"{interval}.png")
+    same = ("--prompt", "a red apple", "--steps", 12, "--seed", 1, "--sampler", "ddim")
+    draw(copy, *((*same, "--opt", f"{name}={interval}", "--out", f"{interval}.png") for interval in (1, 2)))
     assert read_parameters(copy / "2.png")["opt"] == f"{name}=2"
     assert 0.1 < np.abs(pixels(copy / "1.png") - pixels(copy / "2.png")).mean() < 20, "another picture, and no noise"
 
@@ -120,9 +129,8 @@ def test_your_own_sampler(copy):
     changed, count = re.subn(r"^SAMPLERS = .*$", line, table.read_text(), flags=re.MULTILINE)
     assert count == 1
     table.write_text(changed)
-    for sampler in (name, "ddim"):
-        same = ("--prompt", "a red apple", "--seed", 1, "--steps", 20, "--cfg-scale", 2)
-        draw(copy, *same, "--sampler", sampler, "--out", f"{sampler}.png")
+    same = ("--prompt", "a red apple", "--seed", 1, "--steps", 20, "--cfg-scale", 2)
+    draw(copy, *((*same, "--sampler", sampler, "--out", f"{sampler}.png") for sampler in (name, "ddim")))
     assert read_parameters(copy / f"{name}.png")["sampler"] == name
     assert 0.1 < np.abs(pixels(copy / f"{name}.png") - pixels(copy / "ddim.png")).mean() < 20, "the same, more or less"
 

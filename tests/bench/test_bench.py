@@ -238,15 +238,15 @@ def test_problems_are_named(names, warm, again, problem):
 
 
 def climb(checkpoint, out, *arguments: str) -> int:
-    """The ladder on a tiny model: two steps, one pair."""
-    settings = ["--device", "cpu", "--size", "64", "--steps", "2", "--fidelity-steps", "2", "--pairs", "1"]
+    """The ladder on a small model: two steps, one pair."""
+    settings = ["--device", "cpu", "--size", "16", "--steps", "2", "--fidelity-steps", "2", "--pairs", "1"]
     return ladder.main(["--weights", str(checkpoint), "--out", str(out), *settings, *arguments])
 
 
-def test_ladder(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+def test_ladder(shallow_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fidelity, "PROMPTS", fidelity.PROMPTS[:2])
     monkeypatch.setattr(common, "matmul_ceiling", lambda *_: 1e11)
-    assert climb(tiny_checkpoint, tmp_path, "--opts", "channels-last,sampler=ddim,steps=1") == 0
+    assert climb(shallow_checkpoint, tmp_path, "--opts", "channels-last,sampler=ddim,steps=1") == 0
     lines = common.read_csv(tmp_path / "ladder.csv")
     assert [line["opts"] for line in lines] == ["naive", "none", *_prefixes("channels-last", "sampler=ddim", "steps=1")]
     columns = {*ladder.SPEED_FIELDS, *ladder.FIDELITY_FIELDS, *common.environment(CPU, torch.float32), "opts", "error"}
@@ -261,7 +261,7 @@ def test_ladder(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     assert "plain, drawn again" in capsys.readouterr().out
 
     monkeypatch.setattr(speed, "measure", lambda *_: pytest.fail("measured a row again"))
-    assert climb(tiny_checkpoint, tmp_path, "--opts", "channels-last,sampler=ddim,steps=1") == 0
+    assert climb(shallow_checkpoint, tmp_path, "--opts", "channels-last,sampler=ddim,steps=1") == 0
 
 
 def _prefixes(*names: str) -> list[str]:
@@ -279,20 +279,20 @@ def recompiling(patch: Patch) -> None:
     patch.around("sample", lambda sample: sample_scaled)
 
 
-def test_a_recompilation_fails_the_ladder(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_recompilation_fails_the_ladder(shallow_checkpoint, tmp_path, monkeypatch, capsys):
     entry = Optimization("test-recompiling", recompiling, Stage.CALLS, exact=True, summary="")
     known = {**registry.catalog(), entry.name: entry}
     monkeypatch.setattr(registry, "catalog", lambda: known)
     monkeypatch.setattr(optimizations, "catalog", lambda: known)
     monkeypatch.setattr(common, "matmul_ceiling", lambda *_: 1e11)
-    assert climb(tiny_checkpoint, tmp_path, "--opts", entry.name, "--measure", "speed") == 1
+    assert climb(shallow_checkpoint, tmp_path, "--opts", entry.name, "--measure", "speed") == 1
     line = common.read_csv(tmp_path / "speed.csv")[-1]
     assert line["problems"] == "1 recompilations"
     assert (line["graphs"], line["opts"]) == ("1", "test-recompiling")
     assert "1 recompilations" in capsys.readouterr().out
 
 
-def test_a_row_that_crashes_fails_the_ladder_and_is_tried_again(tiny_checkpoint, tmp_path, monkeypatch):
+def test_a_row_that_crashes_fails_the_ladder_and_is_tried_again(shallow_checkpoint, tmp_path, monkeypatch):
     tried = []
 
     def crash(bench, row):
@@ -301,26 +301,26 @@ def test_a_row_that_crashes_fails_the_ladder_and_is_tried_again(tiny_checkpoint,
 
     monkeypatch.setattr(speed, "measure", crash)
     for _ in range(2):
-        assert climb(tiny_checkpoint, tmp_path, "--opts", "channels-last", "--measure", "speed") == 1
+        assert climb(shallow_checkpoint, tmp_path, "--opts", "channels-last", "--measure", "speed") == 1
     assert tried == ["naive", "none", "channels-last"] * 2
     assert common.read_csv(tmp_path / "ladder.csv")[0]["error"] == "RuntimeError: the kernel is wrong, really"
 
 
-def test_a_row_that_cannot_run_here_does_not(tiny_checkpoint, tmp_path, monkeypatch):
+def test_a_row_that_cannot_run_here_does_not(shallow_checkpoint, tmp_path, monkeypatch):
     def refuse(bench, row):
         raise optimizations.OptimizationError("cuda-graph needs an NVIDIA GPU")
 
     monkeypatch.setattr(speed, "measure", refuse)
-    assert climb(tiny_checkpoint, tmp_path, "--opts", "cuda-graph", "--measure", "speed") == 0
+    assert climb(shallow_checkpoint, tmp_path, "--opts", "cuda-graph", "--measure", "speed") == 0
 
 
-def test_the_budget_ends_the_ladder(tiny_checkpoint, tmp_path):
-    assert climb(tiny_checkpoint, tmp_path, "--measure", "speed", "--budget", "-1") == ladder.UNFINISHED
+def test_the_budget_ends_the_ladder(shallow_checkpoint, tmp_path):
+    assert climb(shallow_checkpoint, tmp_path, "--measure", "speed", "--budget", "-1") == ladder.UNFINISHED
     assert common.read_csv(tmp_path / "speed.csv") == []
 
 
-def test_an_unknown_optimization_is_the_users_mistake(tiny_checkpoint, tmp_path, capsys):
-    assert climb(tiny_checkpoint, tmp_path, "--opts", "chanels-last") == 2
+def test_an_unknown_optimization_is_the_users_mistake(shallow_checkpoint, tmp_path, capsys):
+    assert climb(shallow_checkpoint, tmp_path, "--opts", "chanels-last") == 2
     assert "channels-last" in capsys.readouterr().err
 
 

@@ -84,12 +84,12 @@ def test_a_run_replaces_what_it_measured_of_its_machine(tmp_path):
     assert gains.read(tmp_path / "gains.json") == again
 
 
-def test_a_ladder_updates_the_file_if_asked(tiny_checkpoint, tmp_path, monkeypatch):
+def test_a_ladder_updates_the_file_if_asked(shallow_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "matmul_ceiling", lambda *_: 1e11)
     monkeypatch.setattr(gains, "read", lambda: {})
     written = []
     monkeypatch.setattr(gains, "write", written.append)
-    command = ["--weights", str(tiny_checkpoint), "--out", str(tmp_path), "--device", "cpu", "--size", "64"]
+    command = ["--weights", str(shallow_checkpoint), "--out", str(tmp_path), "--device", "cpu", "--size", "16"]
     command += ["--steps", "1", "--pairs", "1", "--measure", "speed", "--opts", "channels-last"]
     assert ladder.main(command) == 0
     assert written == []

@@ -11,13 +11,13 @@ import torch
 from bench import common, parity, vs_diffusers
 from bench.parity import Drawn
 from bench.reference.numbers import noise, relative_error
-from bench.reference.weights import tiny_pipeline
+from tests.weights import tiny_pipeline
 
 PARTS = ["step", "latents", "picture"]
 
 
 def compare(checkpoint: Path, out: Path, *arguments: str) -> int:
-    command = ["--weights", str(checkpoint), "--device", "cpu", "--size", "64", "--steps", "2", "--rounds", "1"]
+    command = ["--weights", str(checkpoint), "--device", "cpu", "--size", "16", "--steps", "2", "--rounds", "1"]
     return vs_diffusers.main([*command, "--out", str(out), *arguments])
 
 
@@ -54,10 +54,10 @@ def test_the_noise_is_fp32_rounded():
 
 
 @pytest.mark.parametrize("error", [2e-4, float("nan"), float("inf")])
-def test_over_the_bound_nothing_is_timed(tiny_checkpoint, tmp_path, monkeypatch, capsys, error):
+def test_over_the_bound_nothing_is_timed(shallow_checkpoint, tmp_path, monkeypatch, capsys, error):
     monkeypatch.setattr(parity, "errors", lambda *_: {"step": 0.0, "latents": error, "picture": 1e-6})
     monkeypatch.setattr(vs_diffusers, "compete", lambda *_: pytest.fail("timed"))
-    assert compare(tiny_checkpoint, tmp_path, "--pipeline") == 1
+    assert compare(shallow_checkpoint, tmp_path, "--pipeline") == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("vs_diffusers.py: no parity with diffusers in float32 on ")
     assert "latents differs by" in lines[-1]
@@ -65,12 +65,12 @@ def test_over_the_bound_nothing_is_timed(tiny_checkpoint, tmp_path, monkeypatch,
     assert not (tmp_path / "vs_diffusers.csv").exists()
 
 
-def test_parity_alone_goes_through_all_dtypes(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+def test_parity_alone_goes_through_all_dtypes(shallow_checkpoint, tmp_path, monkeypatch, capsys):
     """One that differs does not hide those after it."""
     bad = {"float32": 1.0, "float16": 0.0, "bfloat16": 1.0}
     monkeypatch.setattr(parity, "errors", lambda pipe, _: {"step": bad[str(pipe.dtype).removeprefix("torch.")]})
     monkeypatch.setattr(vs_diffusers, "compete", lambda *_: pytest.fail("timed"))
-    assert compare(tiny_checkpoint, tmp_path, "--parity-only") == 1
+    assert compare(shallow_checkpoint, tmp_path, "--parity-only") == 1
     lines = common.read_csv(tmp_path / "parity.csv")
     assert [(line["dtype"], line["passed"]) for line in lines] == [
         ("float32", "0"),
@@ -83,9 +83,9 @@ def test_parity_alone_goes_through_all_dtypes(tiny_checkpoint, tmp_path, monkeyp
     assert "in float16" not in message
 
 
-def test_versus_diffusers(tiny_checkpoint, tmp_path):
-    assert compare(tiny_checkpoint, tmp_path) == 0
-    assert compare(tiny_checkpoint, tmp_path, "--pipeline", "--opts", "exact") == 0
+def test_versus_diffusers(shallow_checkpoint, tmp_path):
+    assert compare(shallow_checkpoint, tmp_path) == 0
+    assert compare(shallow_checkpoint, tmp_path, "--pipeline", "--opts", "exact") == 0
     checked = common.read_csv(tmp_path / "parity.csv")
     assert [line["part"] for line in checked] == ["step", *PARTS]
     assert all(line["passed"] == "1" for line in checked)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bench.reference.weights import Models, original_layout, random_models
+from bench.reference.weights import Models, original_layout
 from tests.checkpoints.common import SMALL
+from tests.weights import random_models
 
 
 @pytest.fixture(scope="module")

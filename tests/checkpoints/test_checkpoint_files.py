@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.reference.weights import random_models, schedule_buffers, write_ckpt, write_safetensors
+from bench.reference.weights import schedule_buffers, write_ckpt, write_safetensors
 from sd import model_loader
 from tests.checkpoints.common import SMALL, assert_same, error_of
+from tests.weights import random_models
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.reference.weights import random_models, tiny_config, write_ckpt, write_safetensors
+from bench.reference.weights import tiny_config, write_ckpt, write_safetensors
 from sd import model_loader
 from sd.checkpoints.errors import CheckpointError
 from tests.checkpoints.common import ROOT
+from tests.weights import random_models
 
 FUZZED = tiny_config(
     text={"vocab_size": 16, "layers": 1, "max_length": 4},

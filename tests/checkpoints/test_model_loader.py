@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.reference.weights import TINY, Models, original_layout, random_models, write_ckpt
+from bench.reference.weights import TINY, Models, original_layout, write_ckpt
 from sd import model_loader
 from sd.checkpoints.errors import CheckpointError
 from sd.checkpoints.layouts import PREFIXES, TOKEN_IDS, TOKEN_TABLE
@@ -19,6 +19,7 @@ from sd.models import build
 from sd.pipeline import StableDiffusion
 from tests.checkpoints.common import SMALL, assert_same, error_of
 from tests.sparing import sparing
+from tests.weights import random_models
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bench.reference.weights import original_layout, random_models, tiny_config, write_ckpt
+from bench.reference.weights import original_layout, tiny_config, write_ckpt
 from sd import inference
 from sd.inference import main
 from sd.pipeline import GET_WEIGHTS
+from tests.weights import random_models
 
 PROGRAM = Path(inference.__file__)
 

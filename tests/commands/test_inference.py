@@ -15,22 +15,23 @@ import torch
 from PIL import Image
 
 from bench.reference.numbers import pixels
-from bench.reference.weights import random_models, tiny_config
+from bench.reference.weights import tiny_config
 from sd import inference
 from sd.inference import main, parse_arguments
 from sd.pictures.png import read_parameters, save_png
 from sd.pictures.run import recalled
 from sd.pipeline import StableDiffusion
+from tests.weights import random_models
 
 PROGRAM = Path(inference.__file__)
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
-def draw(tiny_checkpoint, tmp_path, monkeypatch, capfd):
+def draw(shallow_checkpoint, tmp_path, monkeypatch, capfd):
     """Run the command line in an empty folder; returns what it printed on stdout. It must succeed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SD_CKPT", str(tiny_checkpoint))
+    monkeypatch.setenv("SD_CKPT", str(shallow_checkpoint))
 
     def call(*arguments: object) -> str:
         code = main(list(map(str, arguments)))
@@ -133,12 +134,12 @@ def test_several_prompts_and_a_pattern(draw):
 
 
 def test_lines_with_parameters_share_batches_where_they_can(draw, calls):
-    Image.new("RGB", (64, 64), "red").save("red.png")
+    Image.new("RGB", (16, 16), "red").save("red.png")
     lines = [
         {"prompt": "a"},
         {"prompt": "b", "sampler": "ddim"},
         {"prompt": "c", "negative_prompt": "blur", "seed": 50},
-        {"prompt": "d", "width": 128},
+        {"prompt": "d", "width": 32},
         {"prompt": "e", "init_image": "red.png", "strength": 0.5, "num_images": 2},
         {"prompt": "f", "steps": 1},
     ]
@@ -150,7 +151,7 @@ def test_lines_with_parameters_share_batches_where_they_can(draw, calls):
     assert [p["seed"] for p in found] == [0, 1, 50, 3, 4, 5, 6]
     assert [p["steps"] for p in found] == [2, 2, 2, 2, 2, 2, 1]
     assert found[2]["negative_prompt"] == "blur"
-    assert Image.open("4.png").size == (128, 64)
+    assert Image.open("4.png").size == (32, 16)
     assert found[4]["init_image"] == "red.png"
     draw("--prompt", "c", "--negative-prompt", "blur", "--seed", 50, "--steps", 2, "--out", "alone.png")
     assert abs(pixels("alone.png") - pixels("3.png")).max() <= 1
@@ -232,11 +233,11 @@ def test_memory_that_really_runs_out(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.full)])
-def test_many_prompts_killed_midway_and_run_again(draw, tiny_checkpoint, tmp_path, monkeypatch, count):
+def test_many_prompts_killed_midway_and_run_again(draw, shallow_checkpoint, tmp_path, monkeypatch, count):
     prompts = [f"prompt {i}" for i in range(count)]
     Path("p.txt").write_text("\n".join(prompts))
     line = ["--prompts-file", "p.txt", "--steps", 1, "--cfg-scale", 1, "--out", "{index:04}.png", "--batch-size", 4]
-    process = start(*line, "--ckpt", tiny_checkpoint, cwd=tmp_path, output=subprocess.DEVNULL)
+    process = start(*line, "--ckpt", shallow_checkpoint, cwd=tmp_path, output=subprocess.DEVNULL)
     wait_for(lambda: len(list(tmp_path.glob("*.png"))) >= count // 3, process)
     process.kill()
     process.wait()
@@ -277,7 +278,7 @@ def test_from_png_in_the_batch_that_it_was_drawn_in(draw, calls):
 
 
 def test_from_png_with_another_size(draw):
-    draw("--prompt", "x", "--steps", 1, "--width", 128)
+    draw("--prompt", "x", "--steps", 1, "--width", 32)
     draw("--from-png", "output.png", "--out", "again.png")
     assert Path("output.png").read_bytes() == Path("again.png").read_bytes()
 

@@ -2,15 +2,16 @@
 
 import pytest
 
-from bench.reference.weights import TINY, random_models
+from sd.config import Config
 from sd.pipeline import StableDiffusion
 from sd.tokenizer import Tokenizer
-from tests.optimizations.support import fresh, with_optimizations
+from tests.optimizations.support import with_optimizations
+from tests.weights import SHALLOW, random_models
 
 
 @pytest.fixture(scope="session")
 def models():
-    return random_models(TINY)
+    return random_models(SHALLOW)
 
 
 @pytest.fixture(scope="session")
@@ -19,18 +20,20 @@ def tokenizer():
 
 
 @pytest.fixture
-def make(models, tokenizer):
+def make(tokenizer):
     """make("kv-cache", ...) -> a pipeline of its own weights, from no file, with these optimizations."""
-    return lambda *names: with_optimizations(fresh(models, tokenizer), *names)
+
+    def make(*names: str, config: Config = SHALLOW) -> StableDiffusion:
+        return with_optimizations(StableDiffusion(config, *random_models(config), tokenizer=tokenizer), *names)
+
+    return make
 
 
 @pytest.fixture
-def loaded(tiny_checkpoint, tokenizer):
+def loaded(shallow_checkpoint):
     """loaded("fp16", ...) -> a pipeline whose weights are a file's."""
 
     def loaded(*names: str, **options) -> StableDiffusion:
-        pipe = StableDiffusion.load(tiny_checkpoint, "cpu", **options)
-        pipe.tokenizer = tokenizer
-        return with_optimizations(pipe, *names)
+        return with_optimizations(StableDiffusion.load(shallow_checkpoint, "cpu", **options), *names)
 
     return loaded

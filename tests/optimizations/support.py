@@ -4,12 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.reference.numbers import noise, relative_error
-from bench.reference.weights import TINY, Models
+from bench.reference.weights import Models
 from sd import optimizations
 from sd.config import Config
-from sd.models import build
 from sd.pipeline import StableDiffusion
 from sd.tokenizer import Tokenizer
+from tests.weights import SHALLOW, Copier
 
 CPU = torch.device("cpu")
 KERNELS = ("winograd", "cpu-linear", "cpu-attention", "cpu-norm")
@@ -26,18 +26,14 @@ EXACT_ON_CPU = (
     "async-noise",
     "keep-memory",
 )
-"""Exact switches that find something to do in the tiny model on a CPU."""
+"""Exact switches that find something to do in a small model on a CPU."""
 
-DRAW = {"steps": 4, "height": 64, "width": 64, "seed": 3}
+DRAW = {"steps": 4, "height": 16, "width": 16, "seed": 3}
 
 
-def fresh(models: Models, tokenizer: Tokenizer | None = None, config: Config = TINY) -> StableDiffusion:
+def fresh(models: Models, tokenizer: Tokenizer | None = None, config: Config = SHALLOW) -> StableDiffusion:
     """A plain pipeline with copies of these weights, that came from no file."""
-    built = build(config)
-    for model, source in zip(built, models, strict=True):
-        model.load_state_dict({name: tensor.clone() for name, tensor in source.state_dict().items()}, assign=True)
-        model.eval().requires_grad_(False)
-    return StableDiffusion(config, *built, tokenizer=tokenizer)
+    return StableDiffusion(config, *Copier(models)(), tokenizer=tokenizer)
 
 
 def with_optimizations(pipe: StableDiffusion, *names: str) -> StableDiffusion:
@@ -46,7 +42,7 @@ def with_optimizations(pipe: StableDiffusion, *names: str) -> StableDiffusion:
 
 
 def inputs(batch: int = 2, side: int = 8, t: int = 541, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """x, t and context of a call of TINY's UNet."""
+    """x, t and context of a call of a UNet."""
     return noise(batch, 4, side, side, seed=seed), torch.tensor(t), noise(batch, 77, 64, seed=seed + 1)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.reference.weights import TINY
 from sd.optimizations.attention import Chip, attention_report, backend_for
 
 
@@ -33,7 +34,7 @@ def test_attention_backend_by_chip(chip, dtype, head_size, backend):
 )
 def test_attention_report_tells_what_ran(make, names, backends):
     """Plain, the VAE falls to math: its heads are not side by side in memory, which flash wants."""
-    pipe = make(*names)
+    pipe = make(*names, config=TINY)
     runs = attention_report(pipe, 64, 64)
     assert {run.backend for run in runs} == backends
     assert [run.module for run in runs[:2]] == ["clip.encoder.layers.0.self_attn", "clip.encoder.layers.1.self_attn"]

@@ -136,8 +136,8 @@ def test_the_call_record_follows_a_picture(make):
         seen.append((pipe.call.step, pipe.call.steps, pipe.call.timestep, pipe.call.guided, pipe.call.halves_alike)),
         predict(*given),
     )[1]
-    pipe.generate("a cat", steps=3, height=64, width=64, seed=1)
-    pipe.generate("a cat", steps=2, cfg_scale=1, height=64, width=64, seed=1)
+    pipe.generate("a cat", steps=3, height=16, width=16, seed=1)
+    pipe.generate("a cat", steps=2, cfg_scale=1, height=16, width=16, seed=1)
     assert seen[:3] == [(0, 3, 667, True, True), (1, 3, 334, True, True), (2, 3, 1, True, True)]
     assert seen[3:] == [(0, 2, 501, False, False), (1, 2, 1, False, False)]
     assert pipe.call == Call()
@@ -151,7 +151,7 @@ def test_the_call_record_is_as_before_after_an_error(make):
 
     pipe.unet.forward = failing
     with pytest.raises(RuntimeError, match="out of memory"):
-        pipe.generate("a cat", steps=3, height=64, width=64, seed=1)
+        pipe.generate("a cat", steps=3, height=16, width=16, seed=1)
     assert pipe.call == Call()
 
 

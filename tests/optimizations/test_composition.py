@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bench.reference.numbers import pixels, relative_error
-from bench.reference.weights import random_models, tiny_config
+from bench.reference.weights import tiny_config
 from sd import optimizations
 from sd.checkpoints.errors import CheckpointError
 from sd.checkpoints.mapped import mapped
@@ -21,6 +21,7 @@ from sd.optimizations.quantized_files import load_quantized, save_quantized
 from sd.pipeline import StableDiffusion
 from tests.optimizations.support import DRAW, EXACT_ON_CPU, change_in_place, inputs
 from tests.sparing import sparing
+from tests.weights import random_models
 
 
 def draw(pipe: StableDiffusion, **changes) -> np.ndarray:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from bench.reference.numbers import noise, relative_error
-from bench.reference.weights import random_models, tiny_config
+from bench.reference.weights import tiny_config
 from tests.sparing import sparing
+from tests.weights import random_models
 
 pytest.importorskip("triton", reason="fused kernels need Triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

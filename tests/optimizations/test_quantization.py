@@ -1,4 +1,4 @@
-"""The quantization schemes on a tiny model: what is stored, which kernels run, how far off, and files."""
+"""The quantization schemes on a small model: what is stored, which kernels run, how far off, and files."""
 
 import json
 import logging
@@ -17,8 +17,6 @@ from torch.ao.quantization import DeQuantStub, QuantStub
 
 from bench import common, sensitivity
 from bench.reference.numbers import relative_error
-from bench.reference.weights import tiny_config
-from bench.reference.weights import tiny_pipeline as tiny_pipe
 from sd import optimizations
 from sd.optimizations import OptimizationError, quantization, quantized_files
 from sd.optimizations.quantization import quantize, weight_bytes
@@ -26,9 +24,10 @@ from sd.optimizations.quantized_files import load_quantized, save_quantized
 from sd.pipeline import StableDiffusion
 from sd.samplers import PictureNoise
 from sd.unet import CrossAttention, FeedForward
+from tests.weights import SHALLOW
+from tests.weights import shallow_pipeline as pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = tiny_config()
 BLOCK = "input_blocks.1.1.transformer_blocks.0"
 STATIC_LAYERS = [f"{BLOCK}.attn1", f"{BLOCK}.ff", f"{BLOCK}.attn2"]
 
@@ -76,7 +75,7 @@ def linears(pipe: StableDiffusion) -> dict[str, nn.Linear]:
 
 @pytest.mark.parametrize("scheme", ["int8_weight_only", "int8_dynamic"])
 def test_torchao_weights_are_int8_and_within_half_a_quantum(scheme):
-    plain, pipe = tiny_pipe(), tiny_pipe()
+    plain, pipe = pipeline(), pipeline()
     APPLY[scheme](pipe)
     for name in pipe.unet.quantization.layers:
         weight, expected = pipe.unet.get_submodule(name).weight, linears(plain)[name].weight
@@ -88,7 +87,7 @@ def test_torchao_weights_are_int8_and_within_half_a_quantum(scheme):
 
 @pytest.mark.parametrize("engine", ["x86", "onednn"])
 def test_static_weights_are_int8_and_within_half_a_quantum(engine):
-    plain, pipe = tiny_pipe(), tiny_pipe()
+    plain, pipe = pipeline(), pipeline()
     int8_static(pipe, engine=engine)
     packed = {name: m for name, m in pipe.unet.named_modules() if isinstance(m, nnq.Linear)}
     assert len(packed) == 4 + 2 + 4
@@ -99,7 +98,7 @@ def test_static_weights_are_int8_and_within_half_a_quantum(engine):
 
 
 def test_weight_only_multiplies_in_floating_point():
-    pipe = tiny_pipe()
+    pipe = pipeline()
     quantize(pipe, "int8_weight_only")
     linear = pipe.unet.get_submodule(f"{BLOCK}.attn1.to_q")
     x = torch.randn(3, linear.in_features)
@@ -108,27 +107,27 @@ def test_weight_only_multiplies_in_floating_point():
 
 
 def test_dynamic_multiplies_in_int8():
-    pipe = tiny_pipe()
+    pipe = pipeline()
     quantize(pipe, "int8_dynamic")
-    assert kernels(pipe)["aten::_int_mm"] == len(pipe.unet.quantization.layers) == 100
+    assert kernels(pipe)["aten::_int_mm"] == len(pipe.unet.quantization.layers) == 40
 
 
 @pytest.mark.parametrize("engine", ["x86", "onednn"])
 def test_static_multiplies_in_int8(engine):
-    pipe = tiny_pipe()
+    pipe = pipeline()
     int8_static(pipe, engine=engine)
     assert kernels(pipe)["quantized::linear"] == 10
 
 
 def test_static_takes_all_transformers_by_default():
-    pipe = tiny_pipe()
+    pipe = pipeline()
     quantize(pipe, "int8_static", prompts=["a red apple"], steps=1)
-    assert len(pipe.unet.quantization.layers) == 2 * 10 + 10
-    assert sum(isinstance(module, nnq.Linear) for module in pipe.unet.modules()) == 4 * 20 + 2 * 10
+    assert len(pipe.unet.quantization.layers) == 2 * 4 + 4
+    assert sum(isinstance(module, nnq.Linear) for module in pipe.unet.modules()) == 4 * 8 + 2 * 4
 
 
 def test_static_feed_forward_computes_what_its_scales_say():
-    pipe = tiny_pipe()
+    pipe = pipeline()
     int8_static(pipe, [f"{BLOCK}.ff"])
     ff = pipe.unet.get_submodule(f"{BLOCK}.ff")
 
@@ -140,7 +139,7 @@ def test_static_feed_forward_computes_what_its_scales_say():
         weight, bias = layer._weight_bias()
         return rounded(x @ weight.dequantize().T + bias, layer.scale, layer.zero_point)
 
-    x = torch.randn(2, 64, CONFIG.unet.model_channels)
+    x = torch.randn(2, 64, SHALLOW.unet.model_channels)
     value, gate = linear(x, ff.net[0].quant, ff.net[0].proj).chunk(2, dim=-1)
     expected = linear(value * nn.functional.gelu(gate), ff.quant, ff.net[2])
     # A value next to the border between two numbers may fall to either side, and the second layer hands that on.
@@ -154,14 +153,14 @@ def test_static_feed_forward_computes_what_its_scales_say():
     ("scheme", "bound"), [("int8_weight_only", 0.03), ("int8_dynamic", 0.05), ("int8_static", 0.15)]
 )
 def test_error_is_bounded_and_not_zero(scheme, bound):
-    pipe = tiny_pipe()
+    pipe = pipeline()
     expected = predicted_noise(pipe)
     APPLY[scheme](pipe)
     assert 1e-4 < relative_error(predicted_noise(pipe), expected) < bound
 
 
 def test_weight_only_keeps_half_precision_activations():
-    pipe = tiny_pipe(torch.float16)
+    pipe = pipeline(torch.float16)
     expected = predicted_noise(pipe)
     quantize(pipe, "int8_weight_only")
     actual = predicted_noise(pipe)
@@ -172,7 +171,7 @@ def test_weight_only_keeps_half_precision_activations():
 @pytest.mark.parametrize(("vnni", "highest"), [(False, 127), (True, 255)])
 def test_static_activations_have_seven_bits_without_vnni(monkeypatch, vnni, highest):
     monkeypatch.setattr(quantization, "has_vnni", lambda: vnni)
-    pipe = tiny_pipe()
+    pipe = pipeline()
     int8_static(pipe, [f"{BLOCK}.attn1"])
     seen = []
     quant = pipe.unet.get_submodule(f"{BLOCK}.attn1").quant_x
@@ -186,7 +185,7 @@ def test_static_activations_have_seven_bits_without_vnni(monkeypatch, vnni, high
 
 
 def test_plain_model_has_no_quantization_points():
-    pipe = tiny_pipe()
+    pipe = pipeline()
     assert not any(isinstance(m, QuantStub | DeQuantStub) for m in pipe.unet.modules())
     assert {type(m) for m in pipe.unet.modules() if isinstance(m, CrossAttention | FeedForward)} == {
         CrossAttention,
@@ -196,7 +195,7 @@ def test_plain_model_has_no_quantization_points():
 
 @every_scheme
 def test_quantizing_one_pipeline_leaves_another_over_the_same_weights_alone(scheme):
-    plain = tiny_pipe()
+    plain = pipeline()
     expected = predicted_noise(plain)
     other = common.clone_pipeline(plain)
     APPLY[scheme](other)
@@ -205,7 +204,7 @@ def test_quantizing_one_pipeline_leaves_another_over_the_same_weights_alone(sche
 
 
 def test_prepared_model_has_the_points_and_the_plain_parameter_names():
-    plain, pipe = tiny_pipe(), tiny_pipe()
+    plain, pipe = pipeline(), pipeline()
     quantization._prepare(pipe.unet, quantization.default_layers(pipe, "int8_static"), reduce_range=True)
     assert [name for name, _ in pipe.unet.named_parameters()] == [name for name, _ in plain.unet.named_parameters()]
     attention, ff = pipe.unet.get_submodule(f"{BLOCK}.attn2"), pipe.unet.get_submodule(f"{BLOCK}.ff")
@@ -217,13 +216,13 @@ def test_prepared_model_has_the_points_and_the_plain_parameter_names():
 
 
 def test_failed_calibration_leaves_the_model_plain():
-    pipe = tiny_pipe()
+    pipe = pipeline()
     expected = predicted_noise(pipe)
-    with pytest.raises(ValueError, match="100x100"):
-        int8_static(pipe, size=100)
+    with pytest.raises(ValueError, match="99x99"):
+        int8_static(pipe, size=99)
     with pytest.raises(ValueError, match="at least one prompt"):
         int8_static(pipe, prompts=[])
-    assert {type(m) for m in pipe.unet.modules()} == {type(m) for m in tiny_pipe().unet.modules()}
+    assert {type(m) for m in pipe.unet.modules()} == {type(m) for m in pipeline().unet.modules()}
     assert torch.equal(predicted_noise(pipe), expected)
 
 
@@ -231,8 +230,8 @@ def test_engine_and_inductor_settings_stay_as_they_were():
     from torch._inductor import config
 
     before = torch.backends.quantized.engine, config.coordinate_descent_tuning, config.epilogue_fusion
-    int8_static(tiny_pipe(), [f"{BLOCK}.ff"], engine="onednn")
-    quantize(tiny_pipe(), "int8_dynamic", [f"{BLOCK}.attn1.to_q"])
+    int8_static(pipeline(), [f"{BLOCK}.ff"], engine="onednn")
+    quantize(pipeline(), "int8_dynamic", [f"{BLOCK}.attn1.to_q"])
     assert before == (torch.backends.quantized.engine, config.coordinate_descent_tuning, config.epilogue_fusion)
 
 
@@ -240,7 +239,7 @@ def test_engine_and_inductor_settings_stay_as_they_were():
 
 
 def test_only_named_layers_are_quantized():
-    pipe = tiny_pipe()
+    pipe = pipeline()
     chosen = [f"{BLOCK}.attn1.to_q", "time_embed.0"]
     quantize(pipe, "int8_weight_only", chosen)
     assert {name for name, m in linears(pipe).items() if hasattr(m.weight, "qdata")} == set(chosen)
@@ -251,9 +250,9 @@ def test_only_named_layers_are_quantized():
 )
 def test_filter_file_is_honoured(monkeypatch, tmp_path, scheme, skip):
     file = tmp_path / "filter.json"
-    file.write_text(json.dumps({"tiny": {scheme: {"skip": [skip]}}, "another": {scheme: {"skip": [f"{BLOCK}.ff"]}}}))
+    file.write_text(json.dumps({"shallow": {scheme: {"skip": [skip]}}, "another": {scheme: {"skip": [f"{BLOCK}.ff"]}}}))
     monkeypatch.setattr(quantization, "FILTER_FILE", file)
-    pipe = tiny_pipe()
+    pipe = pipeline()
     assert set(quantization.candidates(pipe.unet, scheme)) - set(quantization.default_layers(pipe, scheme)) == {skip}
     quantize(pipe, scheme, **({"steps": 1} if scheme == "int8_static" else {}))
     assert type(pipe.unet.get_submodule(skip)) in (nn.Linear, CrossAttention)
@@ -261,7 +260,7 @@ def test_filter_file_is_honoured(monkeypatch, tmp_path, scheme, skip):
 
 
 def test_small_layers_and_the_time_embedding_are_no_candidates(monkeypatch):
-    unet = tiny_pipe().unet
+    unet = pipeline().unet
     dynamic = quantization.candidates(unet, "int8_dynamic")
     assert all(".transformer_blocks." in name for name in dynamic)
     assert "time_embed.0" in quantization.candidates(unet, "int8_weight_only")
@@ -274,13 +273,13 @@ def test_small_layers_and_the_time_embedding_are_no_candidates(monkeypatch):
 
 
 def test_refusals_of_devices_and_types():
-    pipe = tiny_pipe()
+    pipe = pipeline()
     with pytest.raises(ValueError, match="float8 needs an NVIDIA GPU with sm89"):
         quantize(pipe, "float8")
     with pytest.raises(ValueError, match="no int8 engine 'qnnpack'"):
         int8_static(pipe, engine="qnnpack")
     with pytest.raises(ValueError, match="this is cpu in float16"):
-        int8_static(tiny_pipe(torch.float16))
+        int8_static(pipeline(torch.float16))
     pipe.device = torch.device("mps")
     with pytest.raises(ValueError, match="this is mps"):
         quantize(pipe, "int8_dynamic")
@@ -289,14 +288,14 @@ def test_refusals_of_devices_and_types():
 def test_float8_is_refused_on_older_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "an older GPU")
-    pipe = tiny_pipe()
+    pipe = pipeline()
     pipe.device = torch.device("cuda")
     with pytest.raises(ValueError, match="an older GPU"):
         quantize(pipe, "float8")
 
 
 def test_refusals_of_layers():
-    pipe = tiny_pipe()
+    pipe = pipeline()
     with pytest.raises(ValueError, match=r"cannot take out\.2"):
         quantize(pipe, "int8_weight_only", ["out.2"])
     with pytest.raises(ValueError, match="no layer"):
@@ -310,7 +309,7 @@ def test_replaced_attention_is_not_taken_for_plain():
     class Other(CrossAttention):
         pass
 
-    pipe = tiny_pipe()
+    pipe = pipeline()
     pipe.unet.get_submodule(f"{BLOCK}.attn1").__class__ = Other
     assert f"{BLOCK}.attn1" not in quantization.candidates(pipe.unet, "int8_static")
 
@@ -320,16 +319,17 @@ def test_missing_torchao_says_which_line_installs_it(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(OptimizationError, match=r"pip install torchao==0\.18\.0"):
-        quantize(tiny_pipe(), "int8_weight_only")
+        quantize(pipeline(), "int8_weight_only")
 
 
 def test_torchao_is_imported_only_when_chosen_and_in_silence():
     code = """
 import sys
-from tests.optimizations.test_quantization import int8_static, quantize, tiny_pipe
-int8_static(tiny_pipe())
+from sd.optimizations.quantization import quantize
+from tests.weights import shallow_pipeline as pipeline
+quantize(pipeline(), "int8_static", ["middle_block.1.transformer_blocks.0.ff"], prompts=["a cat"], steps=1)
 assert not any(name.split(".")[0] == "torchao" for name in sys.modules)
-quantize(tiny_pipe(), "int8_weight_only")
+quantize(pipeline(), "int8_weight_only")
 assert "torchao" in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -340,7 +340,7 @@ assert "torchao" in sys.modules
 
 
 def test_weight_bytes_before_and_after(caplog):
-    pipe = tiny_pipe()
+    pipe = pipeline()
     before = weight_bytes(pipe)
     assert before == {
         name: sum(p.numel() * 4 for p in getattr(pipe, name).parameters()) for name in ("clip", "unet", "vae")
@@ -355,7 +355,7 @@ def test_weight_bytes_before_and_after(caplog):
 
 
 def test_static_weights_take_a_quarter():
-    pipe = tiny_pipe()
+    pipe = pipeline()
     name = "middle_block.1.transformer_blocks.0.ff"
     weights = sum(p.numel() for p in pipe.unet.get_submodule(name).parameters() if p.ndim == 2)
     before = weight_bytes(pipe)["unet"]
@@ -369,7 +369,7 @@ def test_static_weights_take_a_quarter():
 
 @every_scheme
 def test_saved_and_loaded_is_bit_identical_without_quantizing_anew(monkeypatch, tmp_path, scheme):
-    pipe, loaded = tiny_pipe(), tiny_pipe()
+    pipe, loaded = pipeline(), pipeline()
     APPLY[scheme](pipe)
     save_quantized(pipe, tmp_path / "q.safetensors")
     for name in ("_calibrate", "_apply_torchao", "convert", "prepare"):
@@ -383,7 +383,7 @@ def test_saved_and_loaded_is_bit_identical_without_quantizing_anew(monkeypatch, 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_file_is_bit_identical(tmp_path, dtype):
-    pipe, loaded = tiny_pipe(dtype), tiny_pipe(dtype)
+    pipe, loaded = pipeline(dtype), pipeline(dtype)
     quantize(pipe, "int8_weight_only")
     save_quantized(pipe, tmp_path / "q.safetensors")
     load_quantized(loaded, tmp_path / "q.safetensors")
@@ -391,7 +391,7 @@ def test_half_precision_file_is_bit_identical(tmp_path, dtype):
 
 
 def test_static_file_of_the_other_engine_is_bit_identical(tmp_path):
-    pipe, loaded = tiny_pipe(), tiny_pipe()
+    pipe, loaded = pipeline(), pipeline()
     int8_static(pipe, [f"{BLOCK}.ff", f"{BLOCK}.attn2"], engine="onednn")
     save_quantized(pipe, tmp_path / "q.safetensors")
     load_quantized(loaded, tmp_path / "q.safetensors")
@@ -399,7 +399,7 @@ def test_static_file_of_the_other_engine_is_bit_identical(tmp_path):
 
 
 def test_loaded_model_can_be_saved_again(tmp_path):
-    pipe, loaded = tiny_pipe(), tiny_pipe()
+    pipe, loaded = pipeline(), pipeline()
     int8_static(pipe)
     save_quantized(pipe, tmp_path / "1.safetensors")
     load_quantized(loaded, tmp_path / "1.safetensors")
@@ -411,7 +411,7 @@ def test_loaded_model_can_be_saved_again(tmp_path):
 
 
 def test_what_cannot_stand_beside_quantized_layers_cannot_beside_loaded_ones(saved):
-    pipe = tiny_pipe()
+    pipe = pipeline()
     load_quantized(pipe, saved)
     with pytest.raises(OptimizationError, match="int8-weights cannot be combined with int8-static"):
         optimizations.apply(pipe, ["channels-last", "int8-weights"])
@@ -420,13 +420,13 @@ def test_what_cannot_stand_beside_quantized_layers_cannot_beside_loaded_ones(sav
 
 def test_plain_pipeline_has_nothing_to_save(tmp_path):
     with pytest.raises(ValueError, match="not quantized"):
-        save_quantized(tiny_pipe(), tmp_path / "q.safetensors")
+        save_quantized(pipeline(), tmp_path / "q.safetensors")
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("quantized") / "q.safetensors"
-    pipe = tiny_pipe()
+    pipe = pipeline()
     int8_static(pipe, [f"{BLOCK}.ff"])
     save_quantized(pipe, path)
     return path
@@ -437,30 +437,30 @@ def saved(tmp_path_factory) -> Path:
     [
         ({"dtype": torch.float16}, "int8-static needs a CPU, in fp32"),
         ({"seed": 1}, "made from other weights"),
-        ({"unet": {"num_heads": 4}}, "another configuration"),
+        ({"num_heads": 4}, "another configuration"),
     ],
 )
 def test_file_of_another_model_is_refused(saved, pipe, message):
     with pytest.raises(ValueError, match=message):
-        load_quantized(tiny_pipe(**pipe), saved)
+        load_quantized(pipeline(**pipe), saved)
 
 
 def test_file_of_another_type_is_refused(tmp_path):
-    pipe = tiny_pipe(torch.float16)
+    pipe = pipeline(torch.float16)
     quantize(pipe, "int8_weight_only", ["time_embed.0"])
     save_quantized(pipe, tmp_path / "q.safetensors")
     with pytest.raises(ValueError, match=r"made in torch\.float16, and the model is in torch\.float32"):
-        load_quantized(tiny_pipe(), tmp_path / "q.safetensors")
+        load_quantized(pipeline(), tmp_path / "q.safetensors")
 
 
 def test_file_for_a_cpu_with_vnni_is_refused_without(monkeypatch, tmp_path):
     monkeypatch.setattr(quantization, "has_vnni", lambda: True)
-    pipe = tiny_pipe()
+    pipe = pipeline()
     int8_static(pipe, [f"{BLOCK}.ff"])
     save_quantized(pipe, tmp_path / "q.safetensors")
     monkeypatch.setattr(quantized_files, "has_vnni", lambda: False)
     with pytest.raises(ValueError, match="would saturate"):
-        load_quantized(tiny_pipe(), tmp_path / "q.safetensors")
+        load_quantized(pipeline(), tmp_path / "q.safetensors")
 
 
 def rewritten(saved: Path, path: Path, metadata: dict[str, str] | None = None, **tensors: Tensor | None) -> Path:
@@ -489,14 +489,14 @@ def rewritten(saved: Path, path: Path, metadata: dict[str, str] | None = None, *
 )
 def test_damaged_file_is_refused_and_the_model_stays_plain(monkeypatch, saved, tmp_path, changes, message):
     monkeypatch.setattr(quantized_files, "has_vnni", lambda: True)
-    pipe = tiny_pipe()
+    pipe = pipeline()
     with pytest.raises(ValueError, match=re.escape(message)):
         load_quantized(pipe, rewritten(saved, tmp_path / "q.safetensors", **changes))
-    assert torch.equal(predicted_noise(pipe), predicted_noise(tiny_pipe()))
+    assert torch.equal(predicted_noise(pipe), predicted_noise(pipeline()))
 
 
 def test_damaged_torchao_file_is_refused(tmp_path):
-    pipe = tiny_pipe()
+    pipe = pipeline()
     quantize(pipe, "int8_weight_only", [f"{BLOCK}.attn1.to_q"])
     save_quantized(pipe, tmp_path / "q.safetensors")
     bad = {f"{BLOCK}.attn1.to_q.weight": '{"_type": "Evil", "_data": {}, "_tensor_data_names": ["qdata"]}'}
@@ -504,26 +504,26 @@ def test_damaged_torchao_file_is_refused(tmp_path):
     for attributes in ("{}", "[]", json.dumps(bad)):
         path = rewritten(tmp_path / "q.safetensors", tmp_path / "bad.safetensors", {"attributes": attributes})
         with pytest.raises(ValueError, match="damaged"):
-            load_quantized(tiny_pipe(), path)
+            load_quantized(pipeline(), path)
 
 
 def test_missing_and_foreign_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no quantized weights at"):
-        load_quantized(tiny_pipe(), tmp_path / "none.safetensors")
+        load_quantized(pipeline(), tmp_path / "none.safetensors")
     torch.save({}, tmp_path / "pickle.safetensors")
     with pytest.raises(ValueError, match="not a safetensors file"):
-        load_quantized(tiny_pipe(), tmp_path / "pickle.safetensors")
+        load_quantized(pipeline(), tmp_path / "pickle.safetensors")
 
 
 # --- bench/sensitivity.py ---------------------------------------------------------------------------------------------
 
 
 def test_sensitivity_measures_resumes_and_writes_the_filter(monkeypatch, tmp_path):
-    pipe = tiny_pipe()
+    pipe = pipeline()
     expected = predicted_noise(pipe)
     monkeypatch.setattr(common, "load_pipeline", lambda *_: pipe)
     out, filter_file = tmp_path / "s.csv", tmp_path / "f.json"
-    arguments = ["--size", "64", "--damage-size", "64", "--pairs", "1", "--weights", "tiny.ckpt"]
+    arguments = ["--size", "16", "--damage-size", "16", "--pairs", "1", "--weights", "tiny.ckpt"]
     arguments += ["--schemes", "int8_static", "--out", str(out), "--filter", str(filter_file)]
     layers = [f"{BLOCK}.{name}" for name in ("attn1", "ff", "attn2")]
     monkeypatch.setattr(quantization, "candidates", lambda _unet, _scheme: layers)
@@ -534,19 +534,19 @@ def test_sensitivity_measures_resumes_and_writes_the_filter(monkeypatch, tmp_pat
     assert [row["layer"] for row in rows] == layers
     assert all(0 < float(row["damage"]) < 0.1 and float(row["speedup"]) > 0 for row in rows)
     assert rows[2]["inputs"] == "2x64x32 2x77x64"
-    assert json.loads(filter_file.read_text())["tiny"]["int8_static"]["skip"] == layers
+    assert json.loads(filter_file.read_text())["shallow"]["int8_static"]["skip"] == layers
 
     monkeypatch.setattr(sensitivity.Bench, "row", None)  # everything is in the file
     assert sensitivity.main([*arguments, "--min-speedup", "0", "--max-damage", "1"]) == 0
-    assert json.loads(filter_file.read_text())["tiny"]["int8_static"]["skip"] == []
+    assert json.loads(filter_file.read_text())["shallow"]["int8_static"]["skip"] == []
     assert common.read_csv(out) == rows
     assert torch.equal(predicted_noise(pipe), expected)
 
 
 def test_sensitivity_says_what_is_wrong_in_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(common, "load_pipeline", lambda *_: tiny_pipe())
+    monkeypatch.setattr(common, "load_pipeline", lambda *_: pipeline())
     files = ["--out", str(tmp_path / "s.csv"), "--filter", str(tmp_path / "f.json")]
-    assert sensitivity.main(["--schemes", "float8", "--size", "64", "--damage-size", "64", *files]) == 2
+    assert sensitivity.main(["--schemes", "float8", "--size", "16", "--damage-size", "16", *files]) == 2
     assert capsys.readouterr().err.startswith("error: float8 needs an NVIDIA GPU")
 
 
@@ -557,7 +557,7 @@ def test_sensitivity_says_what_is_wrong_in_one_line(monkeypatch, tmp_path, capsy
 @torch.no_grad()
 def test_a_fine_tune_that_shares_other_layers_is_told_from_its_base(tmp_path, scheme):
     """Only one of the replaced weights differs, as after a LoRA; the last convolution is the same."""
-    pipe, tuned = tiny_pipe(), tiny_pipe()
+    pipe, tuned = pipeline(), pipeline()
     APPLY[scheme](pipe)
     save_quantized(pipe, tmp_path / "q.safetensors")
     tuned.unet.get_submodule(f"{BLOCK}.ff.net.2").weight[3, 5] += 1e-3
@@ -569,7 +569,7 @@ def test_a_fine_tune_that_shares_other_layers_is_told_from_its_base(tmp_path, sc
 
 def test_loaded_layers_are_undone_too(tmp_path):
     path = tmp_path / "plain.safetensors"
-    tiny_pipe().save(path)
+    pipeline().save(path)
     pipe = StableDiffusion.load(path, "cpu")
     plain = predicted_noise(pipe)
     int8_static(pipe)
@@ -585,7 +585,7 @@ def test_loaded_layers_are_undone_too(tmp_path):
 
 
 def test_explain_tells_what_is_quantized():
-    pipe = tiny_pipe()
+    pipe = pipeline()
     int8_static(pipe)
     rows = {row.kernel: row.switches for row in pipe.explain().rows if "int8" in row.kernel}
     assert set(rows) == {"int8 projections, attention: SDPA, as PyTorch picks", "int8 products", "int8 projection"}

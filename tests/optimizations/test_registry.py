@@ -167,7 +167,7 @@ def test_memory_budget_bounds_winograd_but_what_is_typed_counts():
         (["page-out"], "page-out needs a CPU, and weights that are mapped"),
     ],
 )
-def test_apply_refuses_what_was_typed_and_leaves_the_pipeline_plain(make, models, names, message, monkeypatch):
+def test_apply_refuses_what_was_typed_and_leaves_the_pipeline_plain(make, names, message, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     pipe = make()
     before = [type(m) for m in pipe.unet.modules()]

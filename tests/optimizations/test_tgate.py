@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tgate import TgateSDLoader
 from torch import Tensor
 
 from bench.reference.numbers import noise, pixels, relative_error
@@ -43,6 +42,8 @@ def draw(pipe: StableDiffusion, **changes) -> np.ndarray:
 @torch.inference_mode()
 def test_latents_are_those_of_the_authors_package(make, step):
     """Of its two parts the first: the second, self-attention used again, is off with these intervals."""
+    from tgate import TgateSDLoader  # here, for it takes seconds to import
+
     pipe, start = make(f"tgate={step}"), noise(2, 4, 8, 8, seed=5)
     theirs = TgateSDLoader(diffusers_pipeline(make(), ddim_scheduler()))
     options = {"gate_step": step, "warm_up": step, "sp_interval": 1, "fi_interval": 1}
@@ -51,8 +52,8 @@ def test_latents_are_those_of_the_authors_package(make, step):
         num_inference_steps=STEPS,
         guidance_scale=7.5,
         latents=start.clone(),
-        height=64,
-        width=64,
+        height=DRAW["height"],
+        width=DRAW["width"],
         output_type="latent",
         **options,
     ).images
@@ -114,7 +115,7 @@ def test_latents_are_those_of_the_definition(make, others, scale):
     """Two pictures at once, guided and not, alone and beside others."""
     pipe, start = make("tgate=2", *others), noise(2, 4, 16, 8, seed=5)
     expected = written_out(make(), 2, scale, start)
-    options = {"latents": start, "cfg_scale": scale, "height": 128}
+    options = {"latents": start, "cfg_scale": scale, "height": 32}
     assert relative_error(latents_of(pipe, **options)[-1], expected) < 1e-5
     assert relative_error(latents_of(make(), **options)[-1], expected) > 1e-3
 

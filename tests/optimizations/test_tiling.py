@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from bench.reference.numbers import noise, relative_error
+from bench.reference.weights import TINY
 from sd.optimizations import tiling
 
 
@@ -27,7 +28,7 @@ def test_tiles_of_a_local_decoder_join_without_a_trace(height, width):
 
 @torch.inference_mode()
 def test_vae_tiling_on_the_model(make):
-    tiled, plain = make("vae-tiling=16"), make()
+    tiled, plain = make("vae-tiling=16", config=TINY), make(config=TINY)
     small, large = noise(1, 4, 16, 16), noise(1, 4, 24, 40)
     assert torch.equal(tiled.vae.decode(small), plain.vae.decode(small))
     whole, joined = plain.vae.decode(large), tiled.vae.decode(large)
