@@ -94,6 +94,7 @@ class Machine:
     """All that a preset wants to know of a pipeline, before there is one."""
 
     device: torch.device
+    dtype: torch.dtype = torch.float32
 
 
 def parse_names(text: str, device: torch.device) -> list[str]:

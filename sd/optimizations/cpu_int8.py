@@ -12,11 +12,12 @@ MinMaxObserver, in thousandths:
       and but the 1x1 convolutions of residual blocks    14.0    which read what no norm has bounded
       and but those that change the grid's size          13.9
       and but the feed-forwards' second layers           10.5    which read value * gelu(gate), with a few large numbers
-      and but the transformers' last projections          9.9
+      and but the last output block                       9.0
+      and but the transformers' last projections          9.9    in place of that
     any other kind in bf16 in place of these, at best    19.5
     HistogramObserver, which leaves the largest out      25.3
 
-So the first three kinds stay, 12% of the arithmetic. Prompts of the calibration unlike those that are drawn make 18.1
+So the first four stay, 17% of the arithmetic. Prompts of the calibration unlike those that are drawn make 18.1
 of 13.9, more steps change nothing.
 """
 
@@ -110,9 +111,10 @@ def scales_of(unet: UNet) -> dict[str, Scale]:
 def candidates(unet: UNet) -> Iterator[tuple[str, Packed]]:
     """The products that are worth it, by the name of their module."""
     within = {id(layer) for module in unet.modules() for layer in _inside(module)}
+    last = f"output_blocks.{len(unet.output_blocks) - 1}."
     for name, module in unet.named_modules():
         is_product = isinstance(module, DotLinear | DotConv | DotGEGLU | DotSelfAttention)
-        if is_product and id(module) not in within and not _stays(name, module):
+        if is_product and id(module) not in within and not name.startswith(last) and not _stays(name, module):
             yield name, module.packed
 
 

@@ -73,7 +73,8 @@ def _exact(pipe: StableDiffusion) -> tuple[str, ...]:
 def _cpu(pipe: StableDiffusion) -> tuple[str, ...]:
     kernels = ("winograd", "cpu-linear", "cpu-attention", "cpu-norm")
     around = ("kv-cache", "page-out", "keep-memory", "shared-halves")
-    return (*kernels, *around) if pipe.dtype == torch.float32 else ("cpu-bf16", *kernels, *around)
+    short = pipe.dtype != torch.float32 and not catalog()["cpu-bf16"].needs.why_not(pipe)
+    return ("cpu-bf16", *kernels, *around) if short else (*kernels, *around)
 
 
 def _fast(pipe: StableDiffusion) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sd import optimizations
-from sd.kernels import native
+from sd.kernels import dots, native
 from sd.optimizations import OptimizationError, catalog, registry
 from sd.optimizations.registry import LARGE
 from sd.optimizations.registry import _possible as possible
@@ -98,17 +98,37 @@ def test_parse_expands_presets_and_the_last_value_counts():
 
 @pytest.mark.parametrize("preset", ["none", "exact", "cpu", "default"])
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_presets_that_are_exact(preset, device):
+def test_presets_that_are_exact(preset, device, monkeypatch):
+    monkeypatch.setattr(registry, "short_by_default", lambda: False)
     chosen = optimizations.parse(preset, a_pipe(device, parameters=LARGE))
     assert all(choice.optimization.exact for choice in chosen)
     assert bool(chosen) == (preset != "none" and (preset != "default" or device != "mps"))
 
 
-def test_default_is_exact_for_large_models_alone(card):
+def test_default_is_exact_for_large_models_alone(card, monkeypatch):
+    monkeypatch.setattr(registry, "short_by_default", lambda: False)
     assert "winograd" in names("default", a_pipe("cpu", parameters=LARGE))
     assert names("default", a_pipe("cpu", parameters=LARGE - 1)) == []
     assert names("default", a_pipe("cpu", parameters=LARGE, quantized=True)) == []
     assert names("default", card((9, 0), parameters=LARGE)) == names("exact", card((9, 0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_default_on_a_cpu_with_amx_is_bf16_products(dtype, monkeypatch):
+    monkeypatch.setattr(registry, "short_by_default", lambda: True)
+    monkeypatch.setattr(dots, "fast", lambda: True)
+    chosen = names("default", a_pipe("cpu", dtype, parameters=LARGE))
+    assert (chosen[0], chosen.count("cpu-bf16")) == ("cpu-bf16", 1)
+    assert {"kv-cache", "shared-halves", "keep-memory"} <= set(chosen)
+    assert names("default", a_pipe("cpu", dtype, parameters=LARGE - 1)) == []
+    assert "cpu-bf16" not in names("cpu", a_pipe("cpu", parameters=LARGE))
+
+
+@pytest.mark.parametrize("name", native.SETS)
+def test_only_amx_makes_bf16_products_the_default(name, monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: object())
+    monkeypatch.setattr(native, "instruction_set", lambda: name)
+    assert registry.short_by_default() is (name == "amx")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +211,8 @@ def test_apply_returns_what_it_applied_in_order(make):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("preset", sparing(["exact", "cpu", "fast"], lambda preset: preset == "exact"))
-def test_presets_leave_out_what_needs_another_dtype(loaded, preset, dtype, caplog):
+def test_presets_leave_out_what_needs_another_dtype(loaded, preset, dtype, caplog, monkeypatch):
+    monkeypatch.setattr(dots, "fast", lambda: False)  # where it is, cpu-bf16 takes any
     caplog.set_level("INFO", logger="sd")
     pipe = loaded(preset, dtype=dtype)
     assert {"kv-cache", "shared-halves"} <= set(pipe.optimizations)

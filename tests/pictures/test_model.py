@@ -5,10 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.reference.numbers import noise
 from sd import optimizations
-from sd.optimizations import registry
+from sd.kernels import dots, native
+from sd.model_loader import Stored, stored
+from sd.optimizations import precision, registry
 from sd.pictures.model import ModelChoice, facts_of
+from sd.pictures.parameters import UserError
 from sd.pipeline import StableDiffusion
+from tests.weights import tiny_pipeline
 
 
 @pytest.mark.parametrize(
@@ -23,6 +28,53 @@ from sd.pipeline import StableDiffusion
 )
 def test_the_names_that_are_applied(choice, names):
     assert ModelChoice(**choice).names() == names
+
+
+def test_bfloat16_on_a_cpu_is_bf16_products(tiny_checkpoint, monkeypatch):
+    """From weights in their own type, which stay mapped; what is recorded draws the same again."""
+    if native.load() is None:
+        pytest.skip(native.why_not())
+    monkeypatch.setattr(dots, "fast", lambda: True)
+    for names in ("default", "cpu", "exact", "fast"):
+        assert ModelChoice(dtype="bfloat16", device="cpu", opt=names).names() == f"cpu-bf16,{names}"
+    assert ModelChoice(dtype="bfloat16", device="cpu", opt="none").names() == "none"
+    assert ModelChoice(dtype="bfloat16", device="cpu", opt="cpu-int8,cpu").names() == "cpu-int8,cpu"
+    pipe = ModelChoice(dtype="bfloat16", device="cpu").load(tiny_checkpoint)
+    assert pipe.optimizations == ["cpu-bf16"]
+    recorded = facts_of(pipe)
+    again = ModelChoice(dtype=recorded["dtype"], opt=recorded["opt"], device="cpu").load(tiny_checkpoint)
+    x, t, context = noise(2, 4, 8, 8), torch.tensor(3), noise(2, 77, 64)
+    assert torch.equal(again.unet(x, t, context), pipe.unet(x, t, context))
+
+
+def test_bfloat16_where_no_cpu_is_fast_at_it(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(dots, "fast", lambda: False)
+    monkeypatch.setattr(precision, "has_bf16", lambda: False)
+    with pytest.raises(UserError, match="slower than float32 on this CPU"):
+        ModelChoice(dtype="bfloat16", device="cpu").load(tiny_checkpoint)
+    pipe = ModelChoice(dtype="bfloat16", device="cpu", opt="none").load(tiny_checkpoint)
+    assert pipe.dtype == torch.bfloat16
+    monkeypatch.setattr(precision, "has_bf16", lambda: True)  # and no compiler, say
+    assert ModelChoice(dtype="bfloat16", device="cpu").load(tiny_checkpoint).dtype == torch.bfloat16
+
+
+def test_weights_are_loaded_as_they_are_stored_where_short_numbers_are_packed(tmp_path, monkeypatch):
+    if native.load() is None:
+        pytest.skip(native.why_not())
+    monkeypatch.setattr(dots, "fast", lambda: True)
+    monkeypatch.setattr(registry, "short_by_default", lambda: True)
+    monkeypatch.setattr(registry, "LARGE", 1)
+    pipe = tiny_pipeline(torch.float16)
+    pipe.save(tmp_path / "half.safetensors")
+    assert stored(tmp_path / "half.safetensors") == Stored(
+        torch.float16, sum(weight.numel() for weight in pipe.unet.parameters())
+    )
+    for choice in (ModelChoice(device="cpu"), ModelChoice(device="cpu", opt="cpu-bf16")):
+        assert choice.load_plain(tmp_path / "half.safetensors").dtype == torch.float16
+        fast = choice.load(tmp_path / "half.safetensors")
+        assert fast.optimizations[0] == "cpu-bf16"
+        assert fast.dtype == torch.float32
+    assert ModelChoice(device="cpu", opt="none").load(tmp_path / "half.safetensors").dtype == torch.float32
 
 
 def test_what_is_not_named_is_the_librarys_default(tiny_checkpoint, monkeypatch):
