@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sd.config import SD15, Config
+from sd.kernels import native
 from sd.models import build
 from sd.pipeline import StableDiffusion
 from sd.unet import UNet
@@ -287,11 +288,19 @@ def _git(*arguments: str) -> str:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+                name = line.partition(":")[2].strip()
+                break
+    return " ".join([name, *multiplying_flags()])
+
+
+def multiplying_flags() -> list[str]:
+    """What of this CPU's flags says how it multiplies, where that is more than AVX2: avx512_bf16, say."""
+    wanted = ("avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+    return [flag for flag in wanted if flag in native.cpu_has()]
 
 
 def version(package: str) -> str:

@@ -101,7 +101,7 @@ def measured(call: Callable[[], Tensor]) -> Run:
     reset_peak()
     start = time.perf_counter()
     output = call()
-    return Run(time.perf_counter() - start, resident()["VmHWM"], output.numpy())
+    return Run(time.perf_counter() - start, resident()["VmHWM"], output.float().numpy())
 
 
 def reset_peak() -> None:
@@ -189,25 +189,28 @@ def glimpse(pipe: StableDiffusion, size: int) -> Tensor:
 # ---- diffusers
 
 
-def open_diffusers(task: Task, channels_last: bool = False, compiled: bool = False) -> Calls:
+def open_diffusers(
+    task: Task, channels_last: bool = False, compiled: bool = False, dtype: torch.dtype = torch.float32
+) -> Calls:
     from bench.reference.oracles import ddim_scheduler, diffusers_pipeline
 
     ours = load(task)
-    theirs = diffusers_pipeline(ours, ddim_scheduler())
+    theirs = diffusers_pipeline(ours, ddim_scheduler()).to(dtype)
     if channels_last:
         theirs.unet.to(memory_format=torch.channels_last)
         theirs.vae.to(memory_format=torch.channels_last)
     if compiled:
         compile_frozen(theirs)
     given = inputs(ours.config, task.size)
-    x, t, context = given["step"]
+    x, t, context = (part.to(dtype) if part.is_floating_point() else part for part in given["step"])
+    latents = given["decode"][0].to(dtype)
     draw = functools.partial(
         their_picture, ours.tokenizer(["", PROMPT], ours.config.text.max_length), theirs, task.size
     )
     return calls_of(
         {
             "step": lambda: theirs.unet(x, t, encoder_hidden_states=context, return_dict=False)[0],
-            "decode": lambda: theirs.vae.decode(*given["decode"], return_dict=False)[0],
+            "decode": lambda: theirs.vae.decode(latents, return_dict=False)[0],
             "picture": functools.partial(draw, task.steps),
             "warm-up": functools.partial(draw, 1),
         }
@@ -253,7 +256,8 @@ class Positional(nn.Module):
         return getattr(self.model, self.method)(*tensors, return_dict=False)[0]
 
 
-def open_openvino(task: Task) -> Calls:
+def open_openvino(task: Task, precision: str = "f32", int8: bool = False) -> Calls:
+    """int8: the UNet's weights and activations, by NNCF's post-training quantization on calls of random numbers."""
     from bench.reference.oracles import diffusers_unet, diffusers_vae
 
     pipe = load(task)
@@ -261,19 +265,21 @@ def open_openvino(task: Task) -> Calls:
     unet = diffusers_unet(pipe.unet, pipe.config.unet)
     vae = diffusers_vae(pipe.vae, pipe.config.vae)
     del pipe
-    decode = by_openvino(vae, "decode", given["decode"], task)
-    return calls_of({"step": by_openvino(unet, "forward", given["step"], task), "decode": decode})
+    decode = by_openvino(vae, "decode", given["decode"], task, precision)
+    return calls_of({"step": by_openvino(unet, "forward", given["step"], task, precision, int8), "decode": decode})
 
 
-def by_openvino(model: nn.Module, method: str, arguments: tuple[Tensor, ...], task: Task) -> Callable[[], Tensor]:
-    """A method of a model, converted for these arguments' shapes and compiled for the CPU in fp32.
+def by_openvino(
+    model: nn.Module, method: str, arguments: tuple[Tensor, ...], task: Task, precision: str, int8: bool = False
+) -> Callable[[], Tensor]:
+    """A method of a model, converted for these arguments' shapes and compiled for the CPU in a precision.
 
     By way of a file, as it is deployed: compiled from memory it would keep PyTorch's weights beside its own.
     """
     import openvino
 
     options = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": task.threads,
     }
@@ -281,12 +287,23 @@ def by_openvino(model: nn.Module, method: str, arguments: tuple[Tensor, ...], ta
         path = Path(folder) / "model.xml"
         converted = openvino.convert_model(Positional(model, method), example_input=arguments)
         converted.reshape({i: list(argument.shape) for i, argument in enumerate(arguments)})
+        if int8:
+            converted = quantized_by_nncf(converted, arguments)
         openvino.save_model(converted, path, compress_to_fp16=False)
         del converted
         common.free_memory(torch.device("cpu"))
         compiled = openvino.compile_model(path, "CPU", options)
     arrays = [argument.numpy() for argument in arguments]
     return lambda: torch.from_numpy(compiled(arrays)[0])
+
+
+def quantized_by_nncf(model, arguments: Sequence[Tensor], calls: int = 4):
+    """Static int8 with a range a tensor, calibrated on the arguments and others like them at other timesteps."""
+    import nncf
+
+    x, t, context = (argument.numpy() for argument in arguments)
+    samples = [(x * (1 + 0.1 * i), np.asarray(t * 0 + 200 * i + 100), context) for i in range(calls)]
+    return nncf.quantize(model, nncf.Dataset(samples), subset_size=calls, fast_bias_correction=True)
 
 
 # ---- stable-diffusion.cpp
@@ -359,6 +376,7 @@ def sdcpp_picture(model, size: int) -> np.ndarray:
 # ---- the engines by name, and their process
 
 
+NNCF = "nncf==3.4.0"
 DIFFUSERS, OPENVINO, SDCPP = "diffusers==0.42.1", "openvino==2026.4.1", "stable-diffusion-cpp-python==0.4.7"
 
 ENGINES = {
@@ -371,6 +389,23 @@ ENGINES = {
         "diffusers, channels_last, compiled, frozen",
         functools.partial(open_diffusers, channels_last=True, compiled=True),
         DIFFUSERS,
+    ),
+    "diffusers-bf16": Engine(
+        "diffusers, bf16, eager", functools.partial(open_diffusers, dtype=torch.bfloat16), DIFFUSERS
+    ),
+    "diffusers-bf16-cl": Engine(
+        "diffusers, bf16, channels_last",
+        functools.partial(open_diffusers, channels_last=True, dtype=torch.bfloat16),
+        DIFFUSERS,
+    ),
+    "diffusers-bf16-compiled": Engine(
+        "diffusers, bf16, channels_last, compiled, frozen",
+        functools.partial(open_diffusers, channels_last=True, compiled=True, dtype=torch.bfloat16),
+        DIFFUSERS,
+    ),
+    "openvino-bf16": Engine("OpenVINO, bf16", functools.partial(open_openvino, precision="bf16"), OPENVINO),
+    "openvino-int8": Engine(
+        "OpenVINO, int8 by NNCF, bf16 else", functools.partial(open_openvino, precision="bf16", int8=True), NNCF
     ),
     "ours-pytorch": Engine("ours, cpu, no C++ compiler", open_without_compiler),
     "openvino": Engine("OpenVINO, f32", open_openvino, OPENVINO),

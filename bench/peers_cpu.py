@@ -3,6 +3,7 @@
     python bench/peers_cpu.py --budget 3600                        # every engine at 512x512 and 256x256
     python bench/peers_cpu.py --engines openvino --sizes 256       # some
     python bench/peers_cpu.py --picture                            # and a whole picture of 20 steps
+    python bench/peers_cpu.py --engines ours,short --opts cpu-bf16,cpu --opts cpu-int8,cpu   # in bf16 and int8
 
 A CPU's speed drifts, so that only what ran side by side compares: one engine, the baseline, stays alive while the
 others come one after another, each in a process of its own, and the two take turns round by round. Speed-ups are ratios
@@ -35,6 +36,7 @@ from sd import optimizations
 FIRST = ("ours", "diffusers", "diffusers-compiled", "openvino")
 REST = ("sdcpp-f16", "ours-pytorch", "diffusers-cl", "plain", "sdcpp-q8_0", "sdcpp-f32")
 UNFINISHED = 75
+SHORT = ("diffusers-bf16", "diffusers-bf16-cl", "diffusers-bf16-compiled", "openvino-bf16", "openvino-int8")
 NO_PICTURES = ("openvino", "sdcpp")  # engines with other samplers than DDIM, or none
 FEWEST = 2  # rounds that are worth a row when the budget ends before the last
 MEASURED = (
@@ -286,15 +288,15 @@ def line_of(worker: Worker, part: str, runs: Sequence[Run], beside: Sequence[Run
 
 def groups_of(args: argparse.Namespace) -> list[Group]:
     """What to measure, the most telling first."""
-    ours = [f"ours:{opts}" for opts in args.opts]
-    expand = lambda names: tuple(x for name in names for x in (ours if name == "ours" else [name]))  # noqa: E731
+    several = {"ours": [f"ours:{opts}" for opts in args.opts], "short": SHORT}
+    expand = lambda names: tuple(x for name in names for x in several.get(name, [name]))  # noqa: E731
     pairs = lambda names: [Group(size, ("step", "decode"), expand(names), args.rounds) for size in args.sizes]  # noqa: E731
     groups = pairs(args.engines or FIRST)
     if args.picture:
         able = [name for name in args.engines or FIRST[:2] if not name.startswith(NO_PICTURES)]
         groups.append(Group(max(args.sizes), ("picture",), expand(able), args.picture_rounds))
     if not args.engines:
-        groups += pairs(REST)
+        groups += pairs((*REST, *SHORT))
     return groups
 
 
@@ -346,7 +348,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ", ".join(("ours", *peer_engines.ENGINES))
+    names = ", ".join(("ours", "short: those in bf16 and int8", *peer_engines.ENGINES))
     parser.add_argument("--engines", type=words, metavar="A,B", help=f"of {names} (all)")
     parser.add_argument("--opts", action="append", metavar="A,B", help="of `ours`; may be repeated (cpu)")
     parser.add_argument("--baseline", default="diffusers", metavar="A", help="an engine, or ours:OPTS (%(default)s)")
@@ -370,7 +372,7 @@ def check(args: argparse.Namespace) -> None:
     args.opts = args.opts or ["cpu"]
     for opts in args.opts:
         optimizations.check(opts)
-    for name in (*(name for name in args.engines or () if name != "ours"), args.baseline):
+    for name in (*(name for name in args.engines or () if name not in ("ours", "short")), args.baseline):
         engine = peer_engines.find(name)
     if not engine.installed:
         raise ValueError(f"the baseline {args.baseline} is not installed; pip install {engine.needs}")

@@ -43,10 +43,29 @@ def test_diffusers_computes_what_we_do(tiny_checkpoint):
         assert all(run.seconds > 0 and run.peak > 2**26 for run in theirs.values())
 
 
-def test_openvino_computes_what_we_do(tiny_checkpoint):
-    pytest.importorskip("openvino")
-    ours, theirs = (opened(engine, tiny_checkpoint, "step", "decode") for engine in ("plain", "openvino"))
-    assert all(error(theirs[part], ours[part]) < 1e-4 for part in ours)
+@pytest.mark.full(memory=False)
+@pytest.mark.parametrize("engine", ["diffusers-bf16", "diffusers-bf16-cl"])
+def test_diffusers_in_bf16_computes_about_what_we_do(tiny_checkpoint, engine):
+    ours, theirs = (opened(engine, tiny_checkpoint, "step", "decode") for engine in ("plain", engine))
+    assert all(1e-3 < error(theirs[part], ours[part]) < 5e-2 for part in ours)
+
+
+@pytest.mark.full(memory=False)
+@pytest.mark.parametrize(
+    ("engine", "package", "bound"),
+    [("openvino", "openvino", 1e-4), ("openvino-bf16", "openvino", 0.2), ("openvino-int8", "nncf", 0.3)],
+)
+def test_openvino_computes_what_we_do(tiny_checkpoint, engine, package, bound):
+    pytest.importorskip(package)
+    ours, theirs = (opened(engine, tiny_checkpoint, "step", "decode") for engine in ("plain", engine))
+    assert all(error(theirs[part], ours[part]) < bound for part in ours)
+
+
+def test_short_is_all_engines_of_short_numbers():
+    args = peers_cpu.parse_arguments(["--engines", "short", "--sizes", "64"])
+    args.opts = ["cpu"]
+    groups = peers_cpu.groups_of(args)
+    assert set(groups[0].engines) == {name for name in peer_engines.ENGINES if "bf16" in name or "int8" in name}
 
 
 @pytest.fixture
