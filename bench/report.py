@@ -146,6 +146,18 @@ PEER_LABELS = {
     "ours-pytorch": "ours, `--opt cpu`, without a C++ compiler",
     "ours:cpu": "ours, `--opt cpu`",
 }
+AVX512_PEER_LABELS = {
+    "diffusers": "diffusers 0.42.1, fp32, eager",
+    "openvino": "OpenVINO 2026.4.1, f32",
+    "ours:cpu": "ours, `--opt cpu`, fp32",
+    "diffusers-bf16": "diffusers, bf16, eager",
+    "diffusers-bf16-cl": "the same, channels-last",
+    "diffusers-bf16-compiled": "the same, compiled, frozen",
+    "openvino-bf16": "OpenVINO, bf16",
+    "ours:cpu-bf16,cpu": "ours, `--dtype bfloat16`",
+    "openvino-int8": "OpenVINO, int8 by NNCF 3.4.0, bf16 else",
+    "ours:cpu-int8,cpu": "ours, `--opt cpu-int8,cpu`",
+}
 PEER_COLUMNS = (("step", 512), ("decode", 512), ("step", 256), ("decode", 256))
 
 
@@ -210,29 +222,43 @@ def h100_ladder(results: Path = RESULTS) -> str:
 
 
 def cpu_peers(results: Path = RESULTS) -> str:
+    return peers(results / "cpu2" / "peers_cpu.csv", PEER_LABELS, PEER_COLUMNS)
+
+
+def cpu_peers_avx512(results: Path = RESULTS) -> str:
+    return peers(results / "cpu4" / "peers_cpu.csv", AVX512_PEER_LABELS, PEER_COLUMNS[:2], with_error=True)
+
+
+def peers(path: Path, labels: Mapping[str, str], columns: Sequence[tuple[str, int]], with_error: bool = False) -> str:
     """The latest row of each engine, and from where to where diffusers' own times went beside them."""
-    lines = [line for line in read_csv(results / "cpu2" / "peers_cpu.csv") if not line["error"]]
+    lines = [line for line in read_csv(path) if not line["error"]]
     latest = {(line["engine"], line["part"], int(line["size"])): line for line in lines}
     own: dict[tuple[str, int], list[float]] = {}
     for line in latest.values():
         own.setdefault((line["part"], int(line["size"])), []).append(float(line["baseline_s"]))
     rows = [
-        (label, *(_peer(latest.get((engine, *column)), own[column]) for column in PEER_COLUMNS))
-        for engine, label in PEER_LABELS.items()
+        (label, *(_peer(latest.get((engine, *column)), own[column], with_error) for column in columns))
+        for engine, label in labels.items()
     ]
     names = {"step": "guided step", "decode": "VAE decode"}
-    return markdown(("", *(f"{names[part]}, {size}x{size}" for part, size in PEER_COLUMNS)), rows)
+    return markdown(("", *(f"{names[part]}, {size}x{size}" for part, size in columns)), rows)
 
 
-def _peer(line: Result | None, own: Sequence[float]) -> str:
+def _peer(line: Result | None, own: Sequence[float], with_error: bool) -> str:
     if line is None:
         return ""
     if line["engine"] == line["baseline"]:
         return f"{min(own):#.3g} to {max(own):#.3g} s"
-    return f"{float(line['median_s']):#.3g} s ({float(line['speedup']):.2f}x)"
+    error = f", {_power(float(line['relative_error']))}" if with_error else ""
+    return f"{float(line['median_s']):#.3g} s ({float(line['speedup']):.2f}x){error}"
 
 
-TABLES = {"h100-ladder": h100_ladder, "cpu-ladder": cpu_ladder, "cpu-peers": cpu_peers}
+TABLES = {
+    "h100-ladder": h100_ladder,
+    "cpu-ladder": cpu_ladder,
+    "cpu-peers": cpu_peers,
+    "cpu-peers-avx512": cpu_peers_avx512,
+}
 
 
 def between_markers(name: str) -> re.Pattern[str]:

@@ -71,7 +71,8 @@ class StableDiffusion:
     `pipe.clip(tokens)`, `pipe.unet(x, t, context)`, `pipe.vae.encode(images)` and `pipe.vae.decode(latents)` are the
     modules themselves. `pipe.times` holds the seconds of each stage of the latest `generate`, `pipe.optimizations` the
     names of what sd.optimizations has applied, `pipe.call` where in a picture the UNet is called, `pipe.source` the
-    file that the weights were loaded from, None if they were not.
+    file that the weights were loaded from, None if they were not, `pipe.dtype_is_asked_for` whether somebody wants the
+    dtype that it is in.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class StableDiffusion:
         weight = next(unet.parameters())
         self.device = weight.device
         self.dtype = weight.dtype
+        self.dtype_is_asked_for = False
         self.times: dict[str, float] = {}
         self.call = Call()
         self.optimizations: list[str] = []
@@ -110,13 +112,14 @@ class StableDiffusion:
         dtype defaults to fp16 on CUDA and fp32 elsewhere. Raises FileNotFoundError or model_loader.CheckpointError.
         """
         device = torch.device(device) if device is not None else default_device()
-        dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+        asked_for, dtype = dtype is not None, dtype or (torch.float16 if device.type == "cuda" else torch.float32)
         path = Path(ckpt or find_checkpoint())
         if path == DEMO_CHECKPOINT:
             log.info(DEMO_NOTICE)
         with torch.inference_mode(False):  # so that what is written to the weights can be noticed
             config, clip, unet, vae = model_loader.load(path, ema=ema, device=device, dtype=dtype)
         pipe = cls(config, clip, unet, vae, source=model_loader.Source.of(path, ema, dtype))
+        pipe.dtype_is_asked_for = asked_for
         pipe.note_loaded()
         return pipe
 

@@ -83,11 +83,11 @@ def _fast(pipe: StableDiffusion) -> tuple[str, ...]:
 
 def _default(pipe: StableDiffusion) -> tuple[str, ...]:
     """Without a word from anybody: what is exact, for a model that is large enough to pay its preparation back; and on
-    a CPU with AMX products of bf16 numbers, as on a GPU everything is in fp16."""
+    a CPU with AMX products of bf16 numbers, as on a GPU everything is in fp16, unless a dtype is asked for."""
     large = sum(weight.numel() for weight in pipe.unet.parameters()) >= LARGE
     if not large or getattr(pipe.unet, "quantization", None):
         return ()
-    if pipe.device.type == "cpu" and short_by_default():
+    if pipe.device.type == "cpu" and not getattr(pipe, "dtype_is_asked_for", False) and short_by_default():
         return ("cpu-bf16", *(name for name in _cpu(pipe) if name != "cpu-bf16"))
     return {"cpu": _cpu, "cuda": _exact}.get(pipe.device.type, _none)(pipe)
 
@@ -239,6 +239,7 @@ def apply(
         pipe.record = record
     pipe.optimizations = [choice.text for choice, _ in applied]
     _tell(left_out)
+    _tell_dtype(pipe, [choice for choice, _ in applied])
     return list(pipe.optimizations)
 
 
@@ -335,6 +336,15 @@ def _tell(left_out: list[tuple[Choice, str]]) -> None:
                 by_reason.setdefault(reason, []).append(choice.name)
         told = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
         log.log(logging.DEBUG if preset == "default" else logging.INFO, "%s leaves out %s", preset, told)
+
+
+def _tell_dtype(pipe: StableDiffusion, applied: list[Choice]) -> None:
+    """Of the default on a CPU, in one line, which numbers are multiplied, and the choice that there is."""
+    by_default = {choice.name for choice in applied if choice.preset == "default"}
+    if "cpu-bf16" in by_default:
+        log.info("products of bf16 numbers, which this CPU multiplies fastest (AMX); --dtype float32 is exact")
+    elif "cpu-norm" in by_default and not catalog()["cpu-bf16"].needs.why_not(pipe):
+        log.info("in fp32, which is exact; --dtype bfloat16 is faster on this CPU, and takes less memory")
 
 
 @in_the_weights_mode

@@ -129,7 +129,13 @@ class Rates:
     memory: float = 12e9
 
 
-NATIVE = Rates(direct=160e9, products=180e9, memory=15e9)  # of sd/kernels/cpp
+NATIVE = Rates(direct=160e9, products=180e9, memory=15e9)  # of sd/kernels/cpp, with AVX2
+NATIVE_512 = Rates(direct=500e9, products=400e9, memory=20e9)  # with AVX-512: Zen 5, 2 cores
+
+
+def native_rates() -> Rates:
+    """Those of the instruction set that the kernels are built for."""
+    return NATIVE_512 if native.instruction_set() in ("avx512", "amx") else NATIVE
 
 
 def seconds(m: int, positions: int, c_in: int, c_out: int, rates: Rates) -> float:
@@ -341,7 +347,7 @@ def winograd(patch: Patch, gigabytes: float = 3.4) -> None:
     own operations do it, and gain less.
     """
     in_cpp = native.load() is not None
-    rates = NATIVE if in_cpp else Rates()
+    rates = native_rates() if in_cpp else Rates()
     uses = list(_uses(patch.pipe))
     chosen = plan(uses, int(gigabytes * 1e9), rates)
     upsampled = {module.conv for kind in UPSAMPLES for module in patch.modules(kind, patch.unet, patch.vae.decoder)}

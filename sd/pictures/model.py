@@ -23,7 +23,7 @@ def add_model_options(add: Callable[..., object]) -> None:
     add("--ckpt", type=Path, metavar="FILE", help=".safetensors or .ckpt ($SD_CKPT, then those in data/)")
     add("--ema", action="store_true", help="use the averaged weights of a file that holds both")
     add("--device", help="cuda, mps or cpu (the best there is)")
-    add("--dtype", choices=DTYPES, help="(float16 on CUDA, else float32)")
+    add("--dtype", choices=DTYPES, help="(float16 on CUDA, bfloat16 on a CPU with AMX, else float32)")
     add("--load-quantized", type=Path, metavar="FILE", help="weights that --save-quantized wrote")
 
 
@@ -84,6 +84,7 @@ class ModelChoice:
 
         device = check_device(self.device)
         pipe = StableDiffusion.load(checkpoint, device, self._dtype_to_load(checkpoint), ema=self.ema)
+        pipe.dtype_is_asked_for = self.dtype is not None
         if self.load_quantized:
             from sd.optimizations.quantized_files import load_quantized
 

@@ -122,6 +122,31 @@ def test_default_on_a_cpu_with_amx_is_bf16_products(dtype, monkeypatch):
     assert {"kv-cache", "shared-halves", "keep-memory"} <= set(chosen)
     assert names("default", a_pipe("cpu", dtype, parameters=LARGE - 1)) == []
     assert "cpu-bf16" not in names("cpu", a_pipe("cpu", parameters=LARGE))
+    asked = a_pipe("cpu", parameters=LARGE)
+    asked.dtype_is_asked_for = True
+    assert names("default", asked) == names("cpu", asked)
+
+
+def test_one_line_says_which_numbers_are_multiplied(make, loaded, monkeypatch, caplog):
+    if native.load() is None:
+        pytest.skip(native.why_not())
+    caplog.set_level("INFO", logger="sd")
+    monkeypatch.setattr(registry, "LARGE", 1)
+    for by_default, fast, line in (
+        (True, True, "products of bf16 numbers"),
+        (False, True, "--dtype bfloat16 is faster"),
+        (False, False, ""),
+    ):
+        monkeypatch.setattr(registry, "short_by_default", lambda by_default=by_default: by_default)
+        monkeypatch.setattr(dots, "fast", lambda fast=fast: fast)
+        caplog.clear()
+        assert ("cpu-bf16" in make("default").optimizations) is by_default
+        told = [record.getMessage() for record in caplog.records if "dtype" in record.getMessage()]
+        assert [line in message for message in told] == [True] * bool(line)
+    monkeypatch.setattr(registry, "short_by_default", lambda: True)
+    monkeypatch.setattr(dots, "fast", lambda: True)
+    assert "cpu-bf16" not in loaded("default", dtype=torch.float32).optimizations
+    assert "cpu-bf16" in loaded("default").optimizations
 
 
 @pytest.mark.parametrize("name", native.SETS)

@@ -171,7 +171,7 @@ def test_convolutions_as_products_of_patches(channels, stride, padding):
 @no_compiler
 @torch.no_grad()
 def test_whole_models_against_float64(make, monkeypatch):
-    monkeypatch.setattr(winograd, "NATIVE", Rates(direct=1.0))  # everywhere, whatever is faster
+    monkeypatch.setattr(winograd, "native_rates", lambda: Rates(direct=1.0))  # everywhere, whatever is faster
     fast = make("winograd", "cpu-linear", "cpu-attention", "cpu-norm")
     plain = make()
     net64, auto64 = plain.unet.double(), plain.vae.double()
@@ -184,7 +184,7 @@ def test_whole_models_against_float64(make, monkeypatch):
 
 @torch.no_grad()
 def test_the_budget_bounds_what_the_kernels_take(make, monkeypatch):
-    monkeypatch.setattr(winograd, "NATIVE", Rates(direct=1.0))
+    monkeypatch.setattr(winograd, "native_rates", lambda: Rates(direct=1.0))
     monkeypatch.setattr(winograd, "Rates", lambda: Rates(direct=1.0))
     for gigabytes in ("0", "0.005", "1"):
         unet_ = make(f"winograd={gigabytes}").unet
