@@ -155,7 +155,6 @@ AVX512_PEER_LABELS = {
     "diffusers-bf16-compiled": "the same, compiled, frozen",
     "openvino-bf16": "OpenVINO, bf16",
     "ours:cpu-bf16,cpu": "ours, `--dtype bfloat16`",
-    "openvino-int8": "OpenVINO, int8 by NNCF 3.4.0, bf16 else",
     "ours:cpu-int8,cpu": "ours, `--opt cpu-int8,cpu`",
 }
 PEER_COLUMNS = (("step", 512), ("decode", 512), ("step", 256), ("decode", 256))

@@ -185,7 +185,7 @@ def _parameter(opened: Opened, stored: str, shape: torch.Size, device: torch.dev
     tensor = opened.tensors[stored]
     _check_finite(stored, tensor, dtype)
     converted = tensor.to(device, dtype).contiguous()
-    if opened.mapped and converted.data_ptr() != tensor.data_ptr():
+    if opened.mapped:  # what is used of it comes back from the system's cache
         drop_pages(tensor)
     if converted.shape != shape:
         return _expanded(converted, opened.tensors[TOKEN_IDS], shape)

@@ -341,9 +341,10 @@ def _tell(left_out: list[tuple[Choice, str]]) -> None:
 def _tell_dtype(pipe: StableDiffusion, applied: list[Choice]) -> None:
     """Of the default on a CPU, in one line, which numbers are multiplied, and the choice that there is."""
     by_default = {choice.name for choice in applied if choice.preset == "default"}
+    short = {choice.name for choice in applied} & {"cpu-bf16", "cpu-int8"}
     if "cpu-bf16" in by_default:
         log.info("products of bf16 numbers, which this CPU multiplies fastest (AMX); --dtype float32 is exact")
-    elif "cpu-norm" in by_default and not catalog()["cpu-bf16"].needs.why_not(pipe):
+    elif "cpu-norm" in by_default and not short and not catalog()["cpu-bf16"].needs.why_not(pipe):
         log.info("in fp32, which is exact; --dtype bfloat16 is faster on this CPU, and takes less memory")
 
 
