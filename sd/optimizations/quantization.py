@@ -110,13 +110,14 @@ class Quantization:
         return SWITCHES[self.scheme]
 
 
-def digest(unet: nn.Module, names: Collection[str]) -> str:
-    """SHA-256 of the parameters of these modules, by name: 1 GB a second."""
+def digest(unet: nn.Module, names: Collection[str], dtype: torch.dtype | None = None) -> str:
+    """SHA-256 of the parameters of these modules, by name: 1 GB a second. dtype: in which they count."""
     hashed = hashlib.sha256()
     for name in sorted(names):
         for own, weight in unet.get_submodule(name).named_parameters(prefix=name):
-            hashed.update(f"{own} {list(weight.shape)} {weight.dtype}".encode())
-            hashed.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            numbers = weight.detach().to("cpu", dtype or weight.dtype).contiguous()
+            hashed.update(f"{own} {list(numbers.shape)} {numbers.dtype}".encode())
+            hashed.update(numbers.flatten().view(torch.uint8).numpy())
     return hashed.hexdigest()
 
 

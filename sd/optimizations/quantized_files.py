@@ -51,7 +51,7 @@ def save_quantized(pipe: StableDiffusion, path: str | os.PathLike) -> None:
         raise ValueError("the UNet is not quantized: apply one of " + ", ".join(SWITCHES.values()) + " before saving")
     if done.scheme == "cpu_int8":
         # The ranges alone: the weights are where they were, and are rounded again when they are packed.
-        done = replace(done, weights=digest(pipe.unet, done.layers))
+        done = replace(done, weights=_digest(pipe, done))
         scales = scales_of(pipe.unet).items()
         tensors, attributes = {name: torch.tensor(scale, dtype=torch.float64) for name, scale in scales}, {}
     elif done.scheme == "int8_static":
@@ -84,7 +84,7 @@ def load_quantized(pipe: StableDiffusion, path: str | os.PathLike) -> None:
     if done.scheme != "cpu_int8":  # whose weights may be of any type
         _check_base(pipe, base, path)
     names = done.layers if done.scheme == "cpu_int8" else chosen_layers(pipe, done.scheme, done.layers)
-    if done.weights != digest(pipe.unet, names):
+    if done.weights != _digest(pipe, done):
         raise ValueError(f"{path} was made from other weights than those loaded: another checkpoint, or a changed one")
     record = record_of(pipe) or Record(pipe)
     patch = record.patch(done.switch)
@@ -106,6 +106,11 @@ def load_quantized(pipe: StableDiffusion, path: str | os.PathLike) -> None:
         raise
     patch.finish()
     pipe.record = record
+
+
+def _digest(pipe: StableDiffusion, done: Quantization) -> str:
+    """Of the weights that a file is tied to; where they may be of any type, of their numbers."""
+    return digest(pipe.unet, done.layers, torch.float32 if done.scheme == "cpu_int8" else None)
 
 
 @contextmanager

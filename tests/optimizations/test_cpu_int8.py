@@ -13,6 +13,7 @@ from sd.optimizations import OptimizationError, cpu_int8, dot_layers
 from sd.optimizations.base import Record
 from sd.optimizations.quantization import Quantization
 from sd.optimizations.quantized_files import load_quantized, save_quantized, scheme_of
+from sd.pipeline import StableDiffusion
 from tests.optimizations.support import DRAW, change_in_place, inputs
 
 
@@ -147,6 +148,21 @@ def test_a_file_of_the_ranges(loaded, tmp_path):
     assert torch.equal(unet(other), unet(pipe))
     optimizations.undo(other)
     assert torch.equal(unet(other), unet(loaded()))
+
+
+@pytest.mark.parametrize(("saved", "read"), [(torch.float16, torch.float16), (torch.float32, torch.float16)])
+def test_a_file_of_weights_of_any_type(make, tmp_path, saved, read):
+    """Of the same numbers: fp16's, in fp32 as well."""
+    plain = make()
+    for model in (plain.clip, plain.unet, plain.vae):
+        for weight in model.parameters():
+            weight.copy_(weight.half())
+    plain.save(tmp_path / "weights.safetensors")
+    pipe, other = (StableDiffusion.load(tmp_path / "weights.safetensors", "cpu", dtype) for dtype in (saved, read))
+    optimizations.apply(pipe, "cpu-int8")
+    save_quantized(pipe, tmp_path / "ranges.safetensors")
+    load_quantized(other, tmp_path / "ranges.safetensors")
+    assert torch.equal(unet(other), unet(pipe))
 
 
 @torch.no_grad()
