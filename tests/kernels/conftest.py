@@ -18,7 +18,8 @@ def every_set(request) -> Iterator[str]:
         pytest.skip("there is no C++ compiler")
     variables = {"SD_CPU_ISA": request.param}
     if request.param == EMULATED:
-        variables = {"SD_CPU_ISA": native.sets()[-1], "SD_CXXFLAGS": "-DSD_AMX_EMULATED"}
+        added = os.environ.get("SD_CXXFLAGS", "")
+        variables = {"SD_CPU_ISA": native.sets()[-1], "SD_CXXFLAGS": f"{added} -DSD_AMX_EMULATED"}
     with mock.patch.dict(os.environ, variables):
         native.attempt.cache_clear()
         assert native.load() is not None, native.why_not()

@@ -9,7 +9,7 @@
 //     python bench/cpu_builds.py OTHER_FOLDER
 // To test under the address sanitizer, where LD_PRELOAD brings its library into Python:
 //     SD_CXXFLAGS="-fsanitize=address -g" ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$(g++ -print-file-name=libasan.so)
-//     python -m pytest tests/kernels/test_native.py, all in one line
+//     python -m pytest tests/kernels/test_arithmetic.py tests/kernels/test_dots.py, all in one line
 
 #pragma once
 
