@@ -81,6 +81,14 @@ class NotBuilt(Exception):
     """One line: why there is no library."""
 
 
+class NotGranted(NotBuilt):
+    """The CPU has it, and the system does not let a process use it, as in some containers."""
+
+
+REFUSED: set[str] = set()
+"""Instruction sets that the system has refused this process."""
+
+
 def cache_folder() -> Path:
     """$SD_CACHE, or .cache/sd at home."""
     return Path(os.environ.get("SD_CACHE") or Path.home() / ".cache" / "sd")
@@ -203,8 +211,8 @@ def _found(key: str) -> Path | None:
 
 
 def sets() -> list[str]:
-    """The names of the instruction sets that this CPU has, the best last."""
-    return [name for name, isa in SETS.items() if isa.needs <= cpu_has()]
+    """The names of the instruction sets that this CPU has and the system grants, as far as is known, the best last."""
+    return [name for name, isa in SETS.items() if isa.needs <= cpu_has() and name not in REFUSED]
 
 
 def wanted_set() -> str:
@@ -227,6 +235,12 @@ def attempt() -> tuple[ctypes.CDLL | None, str]:
         key = _key(cxx)
         library = _found(key)
         return (_opened(library) if library else _built(cxx, key)), ""
+    except NotGranted as error:
+        if os.environ.get("SD_CPU_ISA") or len(sets()) == 1:
+            return None, str(error)
+        log.info("%s", str(error).partition(";")[0])
+        REFUSED.add(wanted_set())
+        return attempt.__wrapped__()
     except (NotBuilt, OSError, subprocess.SubprocessError) as error:
         return None, " ".join(f"the C++ kernels are left out: {error}".split())
 
@@ -340,7 +354,7 @@ def _opened(path: Path) -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise NotBuilt(f"the library cannot be loaded: {error}") from error
     if not library.sd_ready():
-        raise NotBuilt("the system does not let a process use AMX; SD_CPU_ISA=avx512 does without")
+        raise NotGranted("the system does not let a process use AMX; SD_CPU_ISA=avx512 does without")
     return library
 
 

@@ -328,8 +328,38 @@ def test_tiles_that_the_system_does_not_give(fresh, compiler, monkeypatch):
             return Refused() if name == "sd_ready" else super().__getattr__(name)
 
     monkeypatch.setattr(ctypes, "CDLL", Locked)
-    assert native.load() is None
+    monkeypatch.setattr(native, "REFUSED", set())
+    assert native.load() is None  # SD_CPU_ISA says which, so no other is taken
     assert "SD_CPU_ISA=avx512 does without" in native.why_not()
+    assert set() == native.REFUSED
+
+
+@no_compiler
+def test_a_set_that_the_system_refuses_gives_way_to_the_next(fresh, compiler, monkeypatch):
+    asked = []
+
+    class Choosy(ctypes.CDLL):
+        def __getattr__(self, name: str):
+            if name != "sd_ready":
+                return super().__getattr__(name)
+            asked.append(native.wanted_set())
+            return Answer("avx512" in asked)
+
+    class Answer:
+        def __init__(self, granted: bool):
+            self.granted = granted
+
+        def __call__(self) -> int:
+            return int(self.granted)
+
+    monkeypatch.setattr(ctypes, "CDLL", Choosy)
+    monkeypatch.setattr(native, "REFUSED", set())
+    monkeypatch.setattr(native, "cpu_has", lambda: native.AVX512 | native.AMX)
+    monkeypatch.delenv("SD_CPU_ISA")
+    assert native.load() is not None, native.why_not()
+    assert {"amx"} == native.REFUSED
+    assert native.wanted_set() == "avx512"
+    assert builds(compiler) == 2
 
 
 # ---- the benchmarks of the kernels
