@@ -43,7 +43,7 @@ class CrossAttention(nn.Module):
         return self.to_out(self.attended(x, context))
 
     def attended(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The same before the last projection."""
+        """The same before the last projection: [B, L, C]."""
         context = x if context is None else context
         q = split_heads(self.to_q(x), self.heads)
         k = split_heads(self.to_k(context), self.heads)

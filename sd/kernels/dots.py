@@ -214,7 +214,7 @@ def grid(
     upsampled: bool = False,
     quantized: Scale | None = None,
 ) -> Grid:
-    """x [B, C, H, W] in fp32, and the channels of `more` after its own -> the left side of `conv3x3`.
+    """x [B, C, H, W] in fp32, and the channels of `more` after its own -> the left side of `conv`.
 
     After a GroupNorm, with SiLU, and upsampled by two, as is said.
     """

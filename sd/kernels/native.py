@@ -16,6 +16,7 @@ is synced and renamed into place, and loaded only while it is what its name says
 Axes: B batch, C channels, H W grid, L positions, S keys, N heads, D head size. All tensors are fp32.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -27,6 +28,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +189,28 @@ def _keep(made: Path, key: str) -> None:
 
 
 def _built(cxx: str, key: str) -> ctypes.CDLL:
+    """Built by this process, or by another that wants the same at the same time."""
+    with _alone():
+        if (library := _found(key)) is not None:  # another process has built it meanwhile
+            return _opened(library)
+        return _build(cxx, key)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One process at a time builds what all of them want. Where a folder takes no locks, each does."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl  # not on Windows
+
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            folder = os.open(cache_folder(), os.O_RDONLY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+
+
+def _build(cxx: str, key: str) -> ctypes.CDLL:
     """Build, keep, and open what was kept; where nothing can be kept, what was built, for this process alone."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="sd-kernels-") as folder:
@@ -353,7 +377,7 @@ def _opened(path: Path) -> ctypes.CDLL:
             getattr(library, name).restype = kind
     except (OSError, AttributeError) as error:
         raise NotBuilt(f"the library cannot be loaded: {error}") from error
-    if not library.sd_ready():
+    if "sd_ready" in SIZES and not library.sd_ready():
         raise NotGranted("the system does not let a process use AMX; SD_CPU_ISA=avx512 does without")
     return library
 

@@ -4,24 +4,20 @@ QuantStub marks where numbers become int8, torch.ao.quantization's observers wat
 makes a scale and a zero point of what they saw. From then on the quantization is a part of the norm or the activation
 before a product, and the dequantization, DeQuantStub's part, of the product itself (sd/kernels/dots.py).
 
-What stays in bf16 was chosen by the relative error of the noise over ten steps of four prompts of the demo model, with
-MinMaxObserver, in thousandths:
+What stays in bf16, by the relative error of the noise over ten steps of four prompts of the demo model, in thousandths,
+and the share of the arithmetic that is int8 (`python bench/int8_kinds.py`; Zen 5):
 
-    all in bf16                                           5.0
-    all in int8 but the first and the last convolution   20.4
-      and but the 1x1 convolutions of residual blocks    14.0    which read what no norm has bounded
-      and but those that change the grid's size          13.9
-      and but the feed-forwards' second layers           10.5    which read value * gelu(gate), with a few large numbers
-      and but the last output block                       9.0
-      and but the transformers' last projections          9.9    in place of that
-    any other kind in bf16 in place of these, at best    19.5
-    HistogramObserver, which leaves the largest out      25.3
+    all                                                5.0      0%
+    the first and the last convolution                23.9    100%
+      and the 1x1 convolutions of residual blocks     15.0     98%    which read what no norm has bounded
+      and those that change the grid's size           14.8     94%
+      and the feed-forwards' second layers            10.9     85%    which read value * gelu(gate): a few are large
+      and the last output block                        9.4     71%
+    any other kind alone                      23.0 to 23.8
 
-So the first four stay, 17% of the arithmetic. Prompts of the calibration unlike those that are drawn make 18.1
-of 13.9, more steps change nothing.
+Observers of extremes are used: torch.ao's HistogramObserver cuts the largest numbers off, which the last steps need.
 """
 
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
@@ -35,7 +31,6 @@ from torch.ao.quantization import (
     prepare,
 )
 
-from sd.ddpm import spaced_timesteps
 from sd.kernels.dots import Scale
 from sd.optimizations.base import OptimizationError, Patch, Stage, optimization
 from sd.optimizations.dot_layers import (
@@ -43,14 +38,13 @@ from sd.optimizations.dot_layers import (
     SHORT,
     DotConv,
     DotGEGLU,
-    DotLinear,
     DotSelfAttention,
     Packed,
+    Product,
     put_in,
 )
-from sd.optimizations.quantization import Quantization
+from sd.optimizations.quantization import Quantization, calibrate, quiet_torch_ao
 from sd.pipeline import StableDiffusion
-from sd.samplers import PictureNoise
 from sd.unet import UNet
 
 PROMPTS = (
@@ -109,12 +103,21 @@ def scales_of(unet: UNet) -> dict[str, Scale]:
 
 
 def candidates(unet: UNet) -> Iterator[tuple[str, Packed]]:
-    """The products that are worth it, by the name of their module."""
-    within = {id(layer) for module in unet.modules() for layer in _inside(module)}
+    """The products that are quantized, by the name of their module: all but those that this file's docstring names."""
     last = f"output_blocks.{len(unet.output_blocks) - 1}."
+    for name, packed in products(unet):
+        if not name.startswith(last) and not name.endswith(("skip_connection", ".op", ".conv", "ff.net.2")):
+            yield name, packed
+
+
+def products(unet: UNet) -> Iterator[tuple[str, Packed]]:
+    """All but the first and the last convolution, and the text's keys and values, which are computed once a prompt."""
+    within = {id(layer) for module in unet.modules() for layer in _inside(module)}
     for name, module in unet.named_modules():
-        is_product = isinstance(module, DotLinear | DotConv | DotGEGLU | DotSelfAttention)
-        if is_product and id(module) not in within and not name.startswith(last) and not _stays(name, module):
+        if not isinstance(module, Product | DotSelfAttention) or id(module) in within:
+            continue
+        first_or_last = isinstance(module, DotConv) and min(module.in_channels, module.out_channels) < 32
+        if not first_or_last and not name.endswith(("attn2.to_k", "attn2.to_v")):
             yield name, module.packed
 
 
@@ -123,28 +126,18 @@ def _inside(module: nn.Module) -> tuple[nn.Module, ...]:
     return module.packed.layers if isinstance(module, DotGEGLU | DotSelfAttention) else ()
 
 
-def _stays(name: str, module: nn.Module) -> bool:
-    """What the module's docstring says; and the text's keys and values, which are computed once a prompt."""
-    first_or_last = isinstance(module, DotConv) and min(module.in_channels, module.out_channels) < 32
-    unbounded = name.endswith(("skip_connection", ".op", ".conv", "ff.net.2"))
-    return first_or_last or unbounded or name.endswith(("attn2.to_k", "attn2.to_v"))
-
-
 def calibrated(
     pipe: StableDiffusion, marked: dict[str, Packed], prompts: Sequence[str], steps: int, size: int | None
 ) -> dict[str, Scale]:
     """How the left side of each product is to be scaled, from what it was over some steps of some prompts."""
-    if not prompts:
-        raise OptimizationError("calibration needs at least one prompt")
     stubs = nn.ModuleList(QuantStub() for _ in marked)
     stubs.qconfig = QConfig(MinMaxObserver, default_per_channel_weight_observer)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"torch\.ao\.quantization is deprecated|.*quant_min and quant_max")
+    with quiet_torch_ao():
         prepare(stubs, inplace=True)
         try:
             for stub, packed in zip(stubs, marked.values(), strict=True):
                 packed.observe = _shown_to(stub)
-            _draw(pipe, prompts, steps, size)
+            calibrate(pipe, prompts, steps, size)
         finally:
             for packed in marked.values():
                 packed.observe = None
@@ -156,15 +149,3 @@ def calibrated(
 def _shown_to(stub: nn.Module) -> Callable[[Tensor], object]:
     """Its extremes are all that the observer looks at."""
     return lambda x: stub(torch.stack(torch.aminmax(x)))
-
-
-@torch.no_grad()
-def _draw(pipe: StableDiffusion, prompts: Sequence[str], steps: int, size: int | None) -> None:
-    size = size or pipe.config.image_size
-    pipe.config.check_size(size, size)
-    side = size // pipe.config.vae.downsampling
-    shape = (pipe.config.vae.z_channels, side, side)
-    for seed, prompt in enumerate(prompts):
-        noise = PictureNoise([seed], shape, pipe.device, pipe.dtype)
-        context = pipe.encode_prompts([prompt], [""])
-        pipe.sample(noise(), context, 7.5, "ddim", spaced_timesteps(steps), noise)

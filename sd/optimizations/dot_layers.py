@@ -98,15 +98,21 @@ def called_otherwise(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
-class DotLinear(nn.Linear):
-    """out: the results' type."""
+class Product(nn.Module):
+    """A layer that is one product."""
 
     packed: Packed
-    out: torch.dtype
 
     @property
     def kernel(self) -> str:
+        """For `explain`."""
         return f"C++ {self.packed.kind}"
+
+
+class DotLinear(Product, nn.Linear):
+    """out: the results' type."""
+
+    out: torch.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] in fp32 or bf16, or as `packed.rows` made it -> [..., C_out]."""
@@ -118,15 +124,10 @@ class DotLinear(nn.Linear):
         return dots.linear(packed.rows(x), packed.panels, packed.bias, residual, out=self.out)
 
 
-class DotConv(nn.Conv2d):
+class DotConv(Product, nn.Conv2d):
     """A 3x3 or 1x1 convolution. moved: its padding is to the right and below alone, of one position."""
 
-    packed: Packed
     moved: bool
-
-    @property
-    def kernel(self) -> str:
-        return f"C++ {self.packed.kind}"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.after(x)
@@ -139,14 +140,13 @@ class DotConv(nn.Conv2d):
         upsampled: bool = False,
         shift: Tensor | None = None,
         residual: Tensor | None = None,
-        out: torch.dtype = torch.float32,
     ) -> Tensor:
         """The convolution of x [B, C, H, W], after what is said, plus shift [B or 1, C_out] plus residual."""
         packed = self.packed
         made, panels, bias = packed.grid(x, norm, silu, upsampled), packed.panels, packed.bias
         if shift is not None:
             bias = shift if bias is None else shift + bias
-        return dots.conv(made, panels, bias, residual, out, self.stride[0], self.moved)
+        return dots.conv(made, panels, bias, residual, stride=self.stride[0], moved=self.moved)
 
 
 def conv_after(
@@ -202,34 +202,24 @@ class DotTransformerBlock(BasicTransformerBlock):
 
 
 def plus_attention(x: Tensor, norm: nn.LayerNorm, attend: CrossAttention, *context: Tensor) -> Tensor:
+    """x [B, L, C] in fp32, plus the attention of its norm to itself, or to context [B, S, context_dim]."""
     if called_otherwise(attend) or called_otherwise(attend.to_out):
         return x + attend(dots.rows(x, "bf16", norm)[..., : x.shape[-1]], *context)
     first = attend.packed if isinstance(attend, DotSelfAttention) else attend.to_q.packed
     return attend.to_out[0].added(attend.attended(first.rows(x, norm), *context), x)
 
 
-class DotGEGLU(GEGLU):
-    """after: the product that reads the result, which is made in its numbers."""
-
-    packed: Packed
-    after: Packed
-
-    @property
-    def kernel(self) -> str:
-        return f"C++ {self.packed.kind}"
-
+class DotGEGLU(Product, GEGLU):
     def forward(self, x: Tensor) -> Tensor:
-        packed, scale = self.packed, self.after.quantized
-        out = torch.bfloat16 if scale is None or self.after.padding else torch.uint8
-        return dots.linear(packed.rows(x), packed.panels, packed.bias, out=out, quantized=scale)
+        packed = self.packed
+        return dots.linear(packed.rows(x), packed.panels, packed.bias, out=torch.bfloat16)
 
 
 class DotSelfAttention(CrossAttention):
     """q, k and v by one product."""
 
-    packed: Packed
-
     kernel = "one product for q, k, v"
+    packed: Packed
 
     def attended(self, x: Tensor, context: None = None) -> Tensor:
         qkv = dots.linear(self.packed.rows(x), self.packed.panels, out=torch.bfloat16)
@@ -373,7 +363,7 @@ def put_in(patch: Patch) -> None:
     for block in patch.modules(DotTransformerBlock, patch.unet):
         _attention(patch, block.attn1, block.attn2)
         gate = block.ff.net[0]
-        patch.swap(gate, DotGEGLU, packed=Packed((gate.proj,), geglu=True), after=block.ff.net[2].packed)
+        patch.swap(gate, DotGEGLU, packed=Packed((gate.proj,), geglu=True))
         patch.within(gate.proj)
     for module in patch.modules(AttnBlock, *models):
         projections = module.q, module.k, module.v

@@ -378,7 +378,7 @@ def int8_static(
     with logged_size(patch.pipe):
         plain = _prepare(unet, names, done.reduce_range)
         try:
-            _calibrate(patch.pipe, prompts, steps, size)
+            calibrate(patch.pipe, prompts, steps, size)
             with engine_set(engine), quiet_torch_ao():
                 converted = {name: convert(unet.get_submodule(name), inplace=True) for name in names}
         finally:
@@ -432,7 +432,8 @@ def _qconfig(reduce_range: bool) -> QConfig:
 
 
 @torch.no_grad()
-def _calibrate(pipe: StableDiffusion, prompts: Sequence[str], steps: int, size: int | None) -> None:
+def calibrate(pipe: StableDiffusion, prompts: Sequence[str], steps: int, size: int | None) -> None:
+    """Draw some DDIM steps of each prompt at size x size pixels (None: the trained size), for observers to see."""
     if not prompts:
         raise OptimizationError("calibration needs at least one prompt")
     size = size or pipe.config.image_size

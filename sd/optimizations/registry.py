@@ -95,8 +95,8 @@ def _default(pipe: StableDiffusion) -> tuple[str, ...]:
 def short_by_default() -> bool:
     """Whether this CPU multiplies bf16 numbers so much faster than fp32 that a large model is drawn with them.
 
-    On the demo model's 16 prompts, 50 steps, they leave the picture at a median of 50 dB from fp32's (gains.json); the
-    bounds that they had to hold were 45, and 40 for the worst.
+    What that costs the picture: bench/README.md. The bounds that it had to hold on the demo model's 16 prompts were a
+    median of 45 dB from fp32, and 40 for the worst.
     """
     return native.load() is not None and native.instruction_set() == "amx"
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sd.pipeline import StableDiffusion
 
 DTYPES = ("float32", "float16", "bfloat16")
+SHORT = ("cpu-bf16", "cpu-int8")  # the optimizations that pack short numbers from the weights
 
 
 def add_model_options(add: Callable[..., object]) -> None:
@@ -120,8 +121,7 @@ class ModelChoice:
         return (check_device(self.device) or default_device()).type == "cpu"
 
     def _packs_short_numbers(self) -> bool:
-        words = [word.strip().partition("=")[0] for word in self.names().split(",")]
-        return "cpu-bf16" in words or "cpu-int8" in words
+        return not _words(self.names()).isdisjoint(SHORT)
 
     def optimize(self, pipe: "StableDiffusion") -> None:
         """Apply what is chosen. Raises OptimizationError for what cannot run here."""
@@ -133,10 +133,9 @@ class ModelChoice:
         """The optimizations, as `optimizations.apply` takes them."""
         names = ["default" if self.opt is None else self.opt, self.attention and f"attention={self.attention}"]
         text = ",".join(filter(None, names))
-        by_preset = {"default", "cpu", "exact", "fast"}.intersection(text.split(","))
-        if self.dtype != "bfloat16" or not by_preset or "cpu-bf16" in text or "cpu-int8" in text or not self._on_cpu():
-            return text
-        return f"cpu-bf16,{text}" if _has_short_products() else text
+        if self.dtype == "bfloat16" and self._on_cpu() and _left_to_presets(text) and _has_short_products():
+            return f"cpu-bf16,{text}"
+        return text
 
     def facts(self, pipe: "StableDiffusion", checkpoint: Path) -> dict[str, object]:
         """What a picture's PNG says of the model and the machine; --from-png reads it."""
@@ -152,6 +151,19 @@ class ModelChoice:
             **running,
         }
         return {name: value for name, value in known.items() if value is not None}
+
+
+def _words(names: str) -> set[str]:
+    """The names in a list, without their values."""
+    return {word.strip().partition("=")[0] for word in names.split(",")}
+
+
+def _left_to_presets(names: str) -> bool:
+    """Whether a preset says what runs, and nothing is named that cpu-bf16 cannot stand beside."""
+    from sd.optimizations import catalog
+
+    others = {*SHORT, *catalog()["cpu-bf16"].conflicts}
+    return not _words(names).isdisjoint({"default", "cpu", "exact", "fast"}) and _words(names).isdisjoint(others)
 
 
 def _has_short_products() -> bool:

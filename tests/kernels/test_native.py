@@ -186,6 +186,7 @@ def test_many_processes_at_once(fresh, compiler):
         succeed(process)
     (kept,) = fresh.iterdir()
     assert kept.suffix == ".so"
+    assert builds(compiler) == 1
 
 
 def without_compiler(monkeypatch) -> None:
@@ -210,7 +211,7 @@ def test_sources_that_do_not_compile(fresh, monkeypatch, tmp_path):
     assert native.load() is None
     assert "no such instructions" in native.why_not()
     assert "\n" not in native.why_not()
-    assert not fresh.exists()
+    assert not list(fresh.iterdir())
 
 
 def built_for_this_process_alone(compiler: Path, caplog) -> None:
@@ -388,8 +389,18 @@ def test_a_build_beside_another(monkeypatch):
         assert float(row["speed-up"].split()[0]) > 0
 
 
+@no_compiler
+def test_sources_that_lack_newer_functions(fresh, tmp_path):
+    shutil.copytree(native.SOURCES, tmp_path / "old")
+    for source in (tmp_path / "old").glob("dot*.cpp"):
+        source.unlink()
+    library = cpu_builds.build(tmp_path / "old")
+    assert hasattr(library, "sd_linear")
+    assert not hasattr(library, "sd_dot_product")
+
+
 def test_sources_that_cannot_be_built(fresh, tmp_path, capsys):
-    for name, source in (("other", "no C++"), ("empty", None), ("missing", None)):
+    for name, source in (("other", "void sd_linear( is no C++"), ("empty", None), ("missing", None)):
         if name != "missing":
             (tmp_path / name).mkdir()
         if source:

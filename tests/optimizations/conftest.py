@@ -3,6 +3,8 @@
 import pytest
 
 from sd.config import Config
+from sd.kernels import dots, native
+from sd.optimizations import dot_layers
 from sd.pipeline import StableDiffusion
 from sd.tokenizer import Tokenizer
 from tests.optimizations.support import with_optimizations
@@ -27,6 +29,15 @@ def make(tokenizer):
         return with_optimizations(StableDiffusion(config, *random_models(config), tokenizer=tokenizer), *names)
 
     return make
+
+
+@pytest.fixture
+def as_if_there_were_amx(monkeypatch):
+    """Short numbers are multiplied fast, and the VAE's too: by other instructions, which do the same on any CPU."""
+    if native.load() is None:
+        pytest.skip(native.why_not())
+    monkeypatch.setattr(dots, "fast", lambda: True)
+    monkeypatch.setattr(dot_layers, "with_vae", lambda: True)
 
 
 @pytest.fixture

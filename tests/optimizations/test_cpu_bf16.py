@@ -13,16 +13,7 @@ from sd.optimizations.dot_layers import DotConv, DotLinear
 from tests.optimizations.support import CHANGES, DRAW, fresh, inputs
 from tests.sparing import sparing
 
-
-@pytest.fixture(autouse=True)
-def as_if_there_were_amx(monkeypatch):
-    """On any CPU: the kernels do the same by other instructions."""
-    if native.load() is None:
-        pytest.skip(native.why_not())
-    monkeypatch.setattr(dots, "fast", lambda: True)
-    monkeypatch.setattr(dot_layers, "with_vae", lambda: True)
-
-
+pytestmark = pytest.mark.usefixtures("as_if_there_were_amx")
 IMAGES = noise(1, 3, 64, 64, seed=4).clamp(-1, 1)
 CALLS = {
     "unet": lambda pipe: pipe.unet(*(x.to(pipe.dtype) if x.is_floating_point() else x for x in inputs(2, 16))),

@@ -37,7 +37,9 @@ def test_bfloat16_on_a_cpu_is_bf16_products(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(dots, "fast", lambda: True)
     for names in ("default", "cpu", "exact", "fast"):
         assert ModelChoice(dtype="bfloat16", device="cpu", opt=names).names() == f"cpu-bf16,{names}"
-    assert ModelChoice(dtype="bfloat16", device="cpu", opt="none").names() == "none"
+    for names in ("none", "exact, attention=math", "cpu,fp16"):  # and no switch that nobody typed is refused
+        assert ModelChoice(dtype="bfloat16", device="cpu", opt=names).names() == names
+    assert "cpu-bf16" not in ModelChoice(dtype="bfloat16", device="cpu", attention="math").names()
     assert ModelChoice(dtype="bfloat16", device="cpu", opt="cpu-int8,cpu").names() == "cpu-int8,cpu"
     pipe = ModelChoice(dtype="bfloat16", device="cpu").load(tiny_checkpoint)
     assert pipe.optimizations == ["cpu-bf16"]

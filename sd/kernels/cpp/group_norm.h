@@ -34,13 +34,16 @@ inline void sum_part(const Channels& s, float* sums, int64_t b, int64_t part) {
     for (int which = 0; which < 2; which++) {
         const int64_t channels = s.channels[which];
         const float *x = s.x[which] + b * s.positions * channels, *origin = x;
-        for (int64_t i = begin; i < end; i++)
-            for (int64_t c = 0; c < channels; c += W) {
-                const int64_t count = std::min<int64_t>(W, channels - c);
+        for (int64_t i = begin; i < end; i++) {
+            const auto add = [&](int64_t c, int64_t count) {
                 const vec d = load(x + i * channels + c, count) - load(origin + c, count);
                 store(sum + c, load(sum + c, count) + d, count);
                 store(squares + c, load(squares + c, count) + d * d, count);
-            }
+            };
+            const int64_t whole = channels / W * W;
+            for (int64_t c = 0; c < whole; c += W) add(c, W);
+            if (whole < channels) add(whole, channels - whole);
+        }
         sum += channels, squares += channels;
     }
 }

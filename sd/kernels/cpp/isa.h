@@ -3,8 +3,8 @@
 // sd/kernels/native.py gives the compiler's flags for a set, and SD_SET, its name; the sources ask what is theirs here.
 //
 // A tile of a product is ROWS x VECTORS vectors of sums in registers, beside VECTORS of B and one number of A: of 16
-// registers AVX2 so fills 15, of 32 AVX-512 fills 29. (14 x 2 would fill 31; it is no faster on long products, and slower
-// where 14 does not divide the rows.) Sizes of caches are those of a core.
+// registers AVX2 so fills 15, of 32 AVX-512 fills 29. (14 x 2 would fill 31, and is as fast on most linear
+// layers, but 4 to 6% slower in Winograd's convolutions: bench/README.md.) Sizes of caches are those of a core.
 
 #pragma once
 
