@@ -68,9 +68,9 @@ class Packed:
         """And those after them, to the end of a block."""
         return dots.padded(self.inner, self.kind) - self.inner
 
-    def quantize(self, scale: Scale | None) -> None:
-        """From now on in int8, the left side scaled by this; or in bf16 again."""
-        self.quantized, self.observe, self._panels = scale, None, None
+    def quantize(self, scale: Scale) -> None:
+        """From now on in int8, the left side scaled by this."""
+        self.quantized, self._panels = scale, None
 
     def rows(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
         """x [..., C] in fp32 or bf16, after a norm, as this product's left side; what is one already stays as it is."""

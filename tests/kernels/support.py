@@ -16,10 +16,17 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def error(out: Tensor, reference: Tensor) -> float:
+def error(out: Tensor, reference: Tensor, terms: Tensor | None = None) -> float:
+    """Relative to the reference, or to the terms that were summed: a sum of few numbers may cancel to almost none."""
     assert out.shape == reference.shape
     assert reference.dtype == torch.float64
-    return ((out.double() - reference).norm() / reference.norm().clamp(min=1e-30)).item()
+    size = max(reference.norm().item(), 0.0 if terms is None else terms.norm().item(), 1e-30)
+    return (out.double() - reference).norm().item() / size
+
+
+def terms(left: Tensor, right: Tensor) -> Tensor:
+    """[rows, inner], [columns, inner] -> [rows, columns]: the size of left @ right.T where nothing cancels."""
+    return left.double().norm(dim=-1, keepdim=True) * right.double().norm(dim=-1)
 
 
 def native_conv(x: Tensor, weight: Tensor, m: int, *more: Tensor | None, upsampled: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sd.kernels import native
-from tests.kernels.support import G, error, native_conv, numbers
+from tests.kernels.support import G, error, native_conv, numbers, terms
 
 BOUND = 1e-5
 quick = settings(max_examples=25, deadline=None)
@@ -35,7 +35,7 @@ def test_winograd_at_any_size(m, height, width, vectors, c_out, batch, upsampled
     residual = numbers(batch, c_out, height << upsampled, width << upsampled, seed=3)
     large = F.interpolate(x, scale_factor=2.0) if upsampled else x
     expected = F.conv2d(large.double(), weight.double(), padding=1) + shift[:, :, None, None].double() + residual
-    assert error(native_conv(x, weight, m, shift, residual, upsampled=upsampled), expected) < BOUND
+    assert error(native_conv(x, weight, m, shift, residual, upsampled=upsampled), expected, residual) < BOUND
 
 
 @pytest.mark.parametrize("m", [2, 4])
@@ -53,7 +53,7 @@ def test_linear(rows, k, n, with_bias, with_residual):
     residual = numbers(rows, n, seed=3) if with_residual else None
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     expected = expected if residual is None else expected + residual.double()
-    assert error(native.linear(x, weight, bias, residual), expected) < 2e-6
+    assert error(native.linear(x, weight, bias, residual), expected, terms(x, weight)) < 2e-6
 
 
 def test_linear_reads_rows_apart_and_weights_in_any_layout():
@@ -67,7 +67,7 @@ def test_geglu(rows, k, panels):
     columns = native.panel() * panels
     x, weight, bias = numbers(rows, k), numbers(columns, k, seed=1) * k**-0.5, numbers(columns, seed=2)
     value, gate = F.linear(x.double(), weight.double(), bias.double()).chunk(2, dim=-1)
-    assert error(native.geglu(x, weight, bias), value * F.gelu(gate)) < 5e-6
+    assert error(native.geglu(x, weight, bias), value * F.gelu(gate), value) < 5e-6
 
 
 @given(st.integers(1, 2), st.integers(1, 40), st.integers(1, 17), st.integers(1, 17), st.integers(1, 3))

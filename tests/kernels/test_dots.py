@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sd.kernels import dots
 from sd.kernels.dots import Scale
-from tests.kernels.support import error, numbers
+from tests.kernels.support import error, numbers, terms
 
 quick = settings(max_examples=25, deadline=None)
 pytestmark = pytest.mark.usefixtures("every_set")
@@ -64,7 +64,8 @@ def test_linear(kind, rows, inner, columns, with_bias, with_residual):
     for more in (bias, residual):
         expected = expected if more is None else expected + more
     panels = dots.pack(weight, kind, quantized=scale)
-    assert error(dots.linear(dots.rows(x, kind, quantized=scale), panels, bias, residual), expected) < bound(kind)
+    y = dots.linear(dots.rows(x, kind, quantized=scale), panels, bias, residual)
+    assert error(y, expected, terms(x, weight)) < bound(kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,7 +87,7 @@ def test_geglu(kind, rows, inner, columns):
     value, gate = F.linear(left(x, kind, scale), right(weight, kind), bias.double()).chunk(2, dim=-1)
     panels = dots.pack(weight, kind, geglu=True, quantized=scale)
     y = dots.linear(dots.rows(x, kind, quantized=scale), panels, bias)
-    assert error(y, value * F.gelu(gate)) < max(5e-6, 2 * bound(kind))
+    assert error(y, value * F.gelu(gate), value) < max(5e-6, 2 * bound(kind))
 
 
 @given(st.integers(1, 40), st.integers(1, 90), st.integers(1, 90))
@@ -139,7 +140,7 @@ def test_convolution(kind, height, width, c_in, c_more, c_out, batch, normed, up
     y = dots.conv(grid, dots.pack(weight, kind, quantized=scale), shift, residual)
     # A number that the norm made a little other may be rounded to the next one.
     loose = {"bf16": 1e-3, "split": 2e-5, "int8": 5e-3}[kind] if norm is not None else bound(kind)
-    assert error(y, expected + residual) < loose
+    assert error(y, expected + residual, residual) < loose
 
 
 @pytest.mark.parametrize("kind", KINDS)

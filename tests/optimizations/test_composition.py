@@ -95,8 +95,8 @@ def test_a_presets_failure_that_cannot_be_taken_back_is_recorded_beside_the_othe
 
 def test_a_preset_that_finds_nothing_left_does_not_calibrate_again(loaded, monkeypatch):
     calibrations = []
-    calibrate = quantization._calibrate
-    monkeypatch.setattr(quantization, "_calibrate", lambda *given: (calibrations.append(1), calibrate(*given)))
+    calibrate = quantization.calibrate
+    monkeypatch.setattr(quantization, "calibrate", lambda *given: (calibrations.append(1), calibrate(*given)))
     pipe = loaded("int8-static", "cpu")
     assert "int8-static" in pipe.optimizations
     assert len(calibrations) == 1

@@ -372,7 +372,7 @@ def test_saved_and_loaded_is_bit_identical_without_quantizing_anew(monkeypatch, 
     pipe, loaded = pipeline(), pipeline()
     APPLY[scheme](pipe)
     save_quantized(pipe, tmp_path / "q.safetensors")
-    for name in ("_calibrate", "_apply_torchao", "convert", "prepare"):
+    for name in ("calibrate", "_apply_torchao", "convert", "prepare"):
         monkeypatch.setattr(quantization, name, None)
     load_quantized(loaded, tmp_path / "q.safetensors")
     assert torch.equal(latents(loaded), latents(pipe))
