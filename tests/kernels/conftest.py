@@ -7,13 +7,18 @@ from unittest import mock
 import pytest
 
 from sd.kernels import native
+from tests.sparing import sparing
 
 EMULATED = "amx, emulated"
+FIRST = (native.sets()[-1], EMULATED)  # each set costs a compilation
 
 
-@pytest.fixture(scope="module", params=[*native.sets(), EMULATED])
+@pytest.fixture(scope="module", params=sparing([*native.sets(), EMULATED], lambda name: name in FIRST))
 def every_set(request) -> Iterator[str]:
-    """The kernels are those of one set, by its name; a test runs once for each. AMX also in plain C++."""
+    """The kernels are those of one set, by its name; a test runs once for each. AMX also in plain C++.
+
+    `make test` runs the largest that the machine has and the emulated tiles, `make test-full` the others.
+    """
     if not native.compiler():
         pytest.skip("there is no C++ compiler")
     variables = {"SD_CPU_ISA": request.param}
