@@ -5,7 +5,7 @@
 # goes on when called again. What is done is skipped. Results are small files in OUTDIR.
 # The first part is always parity: whether the pictures are diffusers' own at all (OUTDIR/parity.csv). If they are not, or
 # if that cannot be seen, the others are measured all the same, but the last line says so and the exit code is 1.
-# SECONDS_LEFT=N starts no part after N seconds. PYTHON names the interpreter, BENCH_COMMIT the commit where there is no
+# SECONDS_LEFT=N starts no part after N seconds; PAIRS=N times N pictures a row (7), ROUNDS=N so many of each (7). PYTHON names the interpreter, BENCH_COMMIT the commit where there is no
 # repository. SMALL=1 tries the script itself: tiny models on a CPU.
 # It needs torch, triton, numpy, pillow, tqdm, tokenizers and safetensors; diffusers with transformers, torchao, rich
 # and matplotlib are used where they are installed.
@@ -18,6 +18,8 @@ PARTS=(parity check ladder compiled diffusers batch8 candidates fidelity quantiz
 PYTHON=${PYTHON:-$default}
 PART_SECONDS=${PART_SECONDS:-480}
 UNFINISHED=75
+kernels=attention,channels-last,pointwise-linear,split-conv,packed-qkv,kv-cache,time-cache
+kernels+=,fused-norm,fused-layernorm,fused-geglu,fused-upsample,shared-halves
 tiny=() few_pairs=() few_rounds=() few_steps=() tiny_check=()
 if [[ ${SMALL:-} == 1 ]]; then
     tiny=(--device cpu --weights tiny --size 64)
@@ -37,7 +39,7 @@ has() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(any(u.find_spec(
 # Interrupts what outlasts its budget by a minute: rows that are done are on disk by then.
 py() { timeout --signal=INT $((budget + 55)) "$PYTHON" "$@"; }
 
-ladder() { py bench/ladder.py --out "$out" --budget "$budget" --pairs 7 "$@" "${tiny[@]}" "${few_pairs[@]}"; }
+ladder() { py bench/ladder.py --out "$out" --budget "$budget" --pairs "${PAIRS:-7}" "$@" "${tiny[@]}" "${few_pairs[@]}"; }
 
 parity() {
     if ! has diffusers transformers; then
@@ -52,7 +54,7 @@ versus_diffusers() {
         echo "skipped: diffusers or transformers is not installed"
         return
     fi
-    py bench/vs_diffusers.py --out "$out" --size 512 --pipeline --compiled --opts exact --rounds 7 "$@" \
+    py bench/vs_diffusers.py --out "$out" --size 512 --pipeline --compiled --opts exact --rounds "${ROUNDS:-7}" "$@" \
         "${tiny[@]}" "${few_rounds[@]}"
 }
 
@@ -67,22 +69,23 @@ run_part() {
     case $1 in
         parity) parity ;;
         check) py -m bench.gpu_probe "$out" --budget "$budget" "${tiny_check[@]}" ;;
-        ladder) ladder --name ladder --measure speed --opts exact ;;
+        # The graph first: without it, the host is what takes the time, whatever the kernels take.
+        ladder) ladder --name ladder --measure speed --base cuda-graph,async-noise --opts "$kernels" ;;
         compiled) ladder --name compiled --measure speed --mode alone --base exact \
-            --without fused-norm,fused-layernorm,fused-geglu --opts compile,compile=unet,loop-graph ;;
+            --without fused-norm,fused-layernorm,fused-geglu,split-conv --opts compile,compile=unet,loop-graph ;;
         diffusers) versus_diffusers ;;
-        batch8) ladder --name batch8 --measure speed --opts exact --batch 8 --pairs 3 ;;
+        batch8) ladder --name batch8 --measure speed --mode alone --base exact --opts none --batch 8 --pairs 3 --no-naive ;;
         # Exact ones that are not in the preset: measured here, they may join it.
         candidates) ladder --name candidates --measure speed --mode alone --base exact \
-            --opts shared-halves,cudnn-benchmark ;;
-        fidelity) ladder --name ladder --opts exact ;;
+            --opts cudnn-benchmark ;;
+        fidelity) ladder --name ladder --base cuda-graph,async-noise --opts "$kernels" ;;
         quantized) ladder --name quantized --mode alone --base exact --without packed-qkv \
             --opts int8-weights,int8-dynamic,float8 ;;
         roofline) rooflines ;;
         approximate) ladder --name approximate --mode alone --base exact \
             --opts deepcache=3,guidance-interval=0-0.6,steps=20,steps=30,sampler=ddim ;;
         quantized-compiled) ladder --name quantized-compiled --measure speed --mode alone --base exact,compile \
-            --without packed-qkv,fused-norm,fused-layernorm,fused-geglu --opts int8-weights,int8-dynamic,float8 ;;
+            --without packed-qkv,fused-norm,fused-layernorm,fused-geglu,split-conv --opts int8-weights,int8-dynamic,float8 ;;
         leave-one-out) ladder --name leave-one-out --measure speed --mode leave-one-out --opts exact ;;
         max-autotune) versus_diffusers --compile-mode max-autotune --rounds 5 ;;
     esac

@@ -186,6 +186,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base", default="none", metavar="A,B", help="what every row after row 1 has (%(default)s)")
     parser.add_argument("--without", default="none", metavar="A,B", help="left out of --base and --opts")
     parser.add_argument("--mode", choices=("cumulative", "leave-one-out", "alone"), default="cumulative")
+    parser.add_argument("--no-naive", action="store_true", help="without row 0, which takes longest")
     parser.add_argument("--out", type=Path, default=Path("out/ladder"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--name", default="ladder", help="of the table and the plot in DIR (%(default)s)")
     parser.add_argument("--measure", default="speed,fidelity", help="one of these or both (%(default)s)")
@@ -261,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ladder.py: {error}", file=sys.stderr)
         return 2
     base, names = ([name for name in given if name not in without] for given in (base, names))
-    ladder, rows = Ladder(args.out, settings, args.budget), rows_of(base, names, args.mode)
+    ladder, rows = Ladder(args.out, settings, args.budget), rows_of(base, names, args.mode)[args.no_naive :]
     code = run(ladder, rows, args.measure.split(","), args.name)
     if args.update_gains:
         gains.write(gains.update(gains.read(), gains.of_ladder(args.out / "speed.csv")))

@@ -139,7 +139,7 @@ def _scale_shift(
 WHOLE_GROUP = 32768  # elements that one program can hold in registers
 PARTS = 512  # chunks of a large picture: enough programs to fill the chip, few enough to merge
 TILE = {"BLOCK_L": 32, "BLOCK_C": 64}
-MOMENTS_TILE = {"BLOCK_L": 64, "BLOCK_C": 64}
+MOMENTS_TILE = {"BLOCK_L": 128, "BLOCK_C": 64}
 
 
 def group_norm(

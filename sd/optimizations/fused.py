@@ -1,9 +1,10 @@
-"""Modules that use the Triton kernels of kernels/gpu.py in place of the plain ones: fewer passes between products.
+"""Modules that use the Triton kernels of kernels/gpu*.py in place of the plain ones: fewer passes between products.
 
     fused-norm        GroupNorm with SiLU, the timestep and the biases around it
     fused-layernorm   LayerNorm with the residual and the biases before it
-    fused-geglu       GEGLU's gate with its projection's bias
+    fused-geglu       GEGLU's gate with its projection's bias, or with the projection itself
     fused-upsample    nearest-neighbour upsampling
+    split-conv        3x3 convolutions of the smallest grid, tap by tap
 
 Each class leaves its parameters as they are, and calls other layers by what their own class says (`without_bias`).
 Axes: B batch, L positions, C channels.
@@ -14,6 +15,7 @@ import os
 import shutil
 from types import ModuleType
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,6 +47,12 @@ def _gpu() -> ModuleType:
     from sd.kernels import gpu  # imports Triton
 
     return gpu
+
+
+def _products() -> ModuleType:
+    from sd.kernels import gpu_products  # imports Triton
+
+    return gpu_products
 
 
 # ---- modules
@@ -179,13 +187,38 @@ class FusedTransformerBlock(BasicTransformerBlock):
 
 
 class FusedGEGLU(GEGLU):
-    """`proj` is `WithoutBias`."""
+    """`proj` is `WithoutBias`. products: the kernels that multiply as well, or None where they cannot run."""
 
     kernel = "Triton"
     gpu: ModuleType
+    products: ModuleType | None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.products and self.products.geglu_pays(x) and self._is_plain_product():
+            return self.products.geglu_product(x, self.proj.weight, self.proj.bias)
         return self.gpu.geglu(self.proj(x), self.proj.bias)
+
+    def _is_plain_product(self) -> bool:
+        """Not of quantized weights, nor where a compiler would have to trace the making of TMA's descriptors."""
+        return type(self.proj.weight) is nn.Parameter and not torch.compiler.is_compiling()
+
+
+class SplitConv(nn.Conv2d):
+    """A 3x3 convolution, tap by tap where the grid is so small that cuDNN leaves most of the chip idle."""
+
+    kernel = "Triton, by taps, or cuDNN"
+    products: ModuleType
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._convolved(x, self.bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        return self._convolved(x, None)
+
+    def _convolved(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.products.conv_pays(x):
+            return self.products.conv3x3_split(x, self.weight, bias)
+        return self._conv_forward(x, self.weight, bias)
 
 
 # ---- the switches
@@ -252,11 +285,12 @@ def fused_layernorm(patch: Patch) -> None:
 def fused_geglu(patch: Patch) -> None:
     """The feed-forward's value * gelu(gate) in one Triton kernel, with the projection's bias. Exact.
 
-    Helps: the largest activations of the UNet, read once in place of twice. Hurts: nothing known.
+    Where there are many rows, and TMA (sm90 or newer), the same kernel multiplies too, and neither half of the
+    projection is ever written. Helps: the largest activations of the UNet, not read twice. Hurts: nothing known.
     """
-    gpu = _gpu()
+    gpu, products = _gpu(), _products() if _has_tma(patch.pipe) else None
     for layer in patch.modules(GEGLU, patch.unet):
-        patch.swap(layer, FusedGEGLU, gpu=gpu)
+        patch.swap(layer, FusedGEGLU, gpu=gpu, products=products)
         patch.swap(layer.proj, WithoutBias)
 
 
@@ -277,3 +311,28 @@ def fused_upsample(patch: Patch) -> None:
     for plain, fused in ((unet.Upsample, FusedUnetUpsample), (vae.Upsample, FusedVaeUpsample)):
         for module in patch.modules(plain, patch.unet, patch.vae):
             patch.swap(module, fused, gpu=gpu)
+
+
+def _has_tma(pipe: StableDiffusion) -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1" or capability(pipe) >= (9, 0)
+
+
+@optimization(
+    "split-conv",
+    stage=Stage.LAYERS,
+    exact=True,
+    summary="3x3 convolutions of the smallest grid, tap by tap",
+    needs=SM80,
+    conflicts=("winograd", "cpu-bf16", "cpu-int8"),
+)
+def split_conv(patch: Patch) -> None:
+    """3x3 convolutions of up to 128 positions by a Triton kernel that makes each of the nine taps programs. Exact.
+
+    Helps: the middle of the UNet at 512x512 and batch 1, where cuDNN's few programs wait for the weights. Elsewhere the
+    convolution is cuDNN's as before. Hurts: without channels-last, where each activation is copied first.
+    """
+    products = _products()
+    for conv in patch.modules(nn.Conv2d, patch.unet):
+        whole = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == (1, 1)
+        if whole and conv.in_channels % products.CONV_TILE.k == 0:
+            patch.swap(conv, SplitConv, products=products)

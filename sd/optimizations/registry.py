@@ -66,8 +66,8 @@ def _exact(pipe: StableDiffusion) -> tuple[str, ...]:
     if pipe.device.type != "cuda":
         return caches
     fused = ("fused-norm", "fused-layernorm", "fused-geglu", "fused-upsample")
-    layout = ("attention", "channels-last", "pointwise-linear")
-    return (*layout, *caches, *fused, "cuda-graph", "async-noise")
+    layout = ("attention", "channels-last", "pointwise-linear", "split-conv")
+    return (*layout, *caches, *fused, "shared-halves", "cuda-graph", "async-noise")
 
 
 def _cpu(pipe: StableDiffusion) -> tuple[str, ...]:

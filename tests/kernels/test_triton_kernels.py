@@ -157,6 +157,49 @@ def test_geglu(inner, biased, dtype):
     assert error(gpu.geglu(x, bias), value * F.gelu(gate)) < BOUNDS[dtype]
 
 
+@interpreted
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(("rows", "depth", "inner"), [(128, 64, 64), (70, 40, 24)])
+def test_geglu_with_its_product(rows, depth, inner, dtype):
+    from sd.kernels.gpu_products import Tile, geglu_product
+
+    x, weight = noise(2, rows // 2, depth, dtype=dtype), (noise(2 * inner, depth, seed=1) * 0.3).to(dtype)
+    bias = noise(2 * inner, seed=2, dtype=dtype)
+    for given in (bias, None):
+        value, gate = F.linear(x.double(), weight.double(), given if given is None else given.double()).chunk(2, -1)
+        assert error(geglu_product(x, weight, given, Tile(64, 16, 16)), value * F.gelu(gate)) < BOUNDS[dtype]
+
+
+@interpreted
+def test_gates_far_from_zero():
+    """One row of x picks a column of gates: gelu of each, where an approximation of erf would be off the most."""
+    from sd.kernels.gpu_products import Tile, geglu_product
+
+    gates = torch.linspace(-6, 6, 16 * 8)
+    weight = torch.stack([torch.ones(128), gates]).flatten()[:, None].expand(256, 16).contiguous()
+    y = geglu_product(torch.eye(16)[:1].expand(2, 16), weight, None, Tile(16, 16, 16))
+    expected = F.gelu(gates.double())
+    assert ((y[0].double() - expected).abs() <= 2e-7 * gates.abs().clamp(min=1)).all()
+    assert ((y[0].double() - expected).abs() <= 2e-2 * expected.abs() + 1e-12)[gates < -1].all()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(("batch", "channels", "height", "width", "out"), [(2, 64, 8, 8, 80), (1, 128, 3, 5, 32)])
+def test_convolution_by_taps(batch, channels, height, width, out, dtype):
+    from sd.kernels.gpu_products import Tile, conv3x3_split
+
+    x, weight = picture(batch, channels, height, width, dtype=dtype), picture(out, channels, 3, 3, seed=1, dtype=dtype)
+    bias = noise(out, seed=2, dtype=dtype)
+    for given in (bias, None):
+        expected = F.conv2d(x.double(), weight.double(), None if given is None else given.double(), padding=1)
+        y = conv3x3_split(x, weight, given, Tile(64, 32, 32))
+        assert error(y, expected) < BOUNDS[dtype]
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="no multiple of 48"):
+        conv3x3_split(x, weight, None, Tile(64, 32, 48))
+
+
 def layer_norm_module(channels: int, dtype: torch.dtype) -> nn.LayerNorm:
     norm = nn.LayerNorm(channels)
     norm.load_state_dict({"weight": 1 + noise(channels, seed=1) / 10, "bias": noise(channels, seed=2) / 10})

@@ -62,6 +62,33 @@ def test_models(names):
 
 @interpreted
 @torch.inference_mode()
+def test_models_with_products_of_their_own(monkeypatch):
+    """As on a GPU at 512x512 in fp16: by the sizes of these models, cuBLAS and cuDNN would do all of it."""
+    from sd import optimizations
+    from sd.kernels import gpu_products
+    from sd.optimizations.fused import FusedGEGLU, SplitConv
+    from sd.pipeline import StableDiffusion
+
+    called = []
+    for name in ("geglu_product", "conv3x3_split"):
+        kernel = getattr(gpu_products, name)
+        record = lambda *given, name=name, kernel=kernel: (called.append(name), kernel(*given))[1]  # noqa: E731
+        monkeypatch.setattr(gpu_products, name, record)
+    plain, fast = (StableDiffusion(SMALL, *random_models(SMALL)) for _ in range(2))
+    optimizations.apply(fast, [*ALL, "split-conv"])
+    inputs = noise(2, 4, 8, 8), torch.tensor(541), noise(2, 77, 64, seed=1)
+    assert relative_error(fast.unet(*inputs), plain.unet(*inputs)) < 1e-5
+    assert not called
+    monkeypatch.setattr(gpu_products, "geglu_pays", lambda x: True)
+    monkeypatch.setattr(gpu_products, "conv_pays", lambda x: True)
+    assert relative_error(fast.unet(*inputs), plain.unet(*inputs)) < 1e-5
+    expected = {"geglu_product": FusedGEGLU, "conv3x3_split": SplitConv}
+    for name, kind in expected.items():
+        assert called.count(name) == sum(isinstance(m, kind) for m in fast.unet.modules()) > 0
+
+
+@interpreted
+@torch.inference_mode()
 def test_models_whose_guidance_halves_share_what_precedes_the_text():
     from sd import optimizations
     from sd.pipeline import StableDiffusion

@@ -252,7 +252,7 @@ def test_exact_on_older_cards_leaves_out_what_needs_newer_ones(card, capability)
     """On Modal `--gpu T4` must not start a container to fail."""
     pipe = card(capability)
     kept, left_out = possible(optimizations.parse("exact", pipe), pipe)
-    fused = {"fused-norm", "fused-layernorm", "fused-geglu", "fused-upsample"}
+    fused = {"fused-norm", "fused-layernorm", "fused-geglu", "fused-upsample", "split-conv"}
     assert {choice.name for choice in kept} >= {"attention", "channels-last", "kv-cache", "cuda-graph"}
     assert {choice.name for choice, _ in left_out} == (fused if capability < (8, 0) else set())
 
