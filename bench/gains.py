@@ -29,11 +29,11 @@ Gains = dict[str, list[Entry]]
 
 
 def recorded(results: Path = RESULTS) -> Gains:
-    """From all results that are kept. What a probe and a ladder measured on one machine is taken from the probe."""
+    """From all results that are kept. What was measured twice on one machine is taken from the later day."""
     probes = [of_probe(path) for path in sorted(results.rglob("probe.json"))]
     ladders = [of_ladder(path) for path in sorted(results.rglob("speed.csv"))]
     gains: Gains = {}
-    for found in (*ladders, *probes):
+    for found in sorted((*ladders, *probes), key=lambda entries: max((str(e["date"]) for e in entries), default="")):
         gains = update(gains, found)
     return gains
 
@@ -119,7 +119,7 @@ def of_probe(path: Path) -> list[Entry]:
     """The entries of the probe's ladder, by its pictures of the DDPM sampler."""
     probe = json.loads(path.read_text())
     seconds = {line["label"]: line["picture_s"] for line in probe["pictures"] if line["sampler"] == "ddpm"}
-    rows = {_split(line["names"]): seconds.get(line["label"]) for line in probe["ladder"]}
+    rows = {_split(line["names"]): seconds.get(line["label"]) for line in probe.get("ladder", ())}
     (environment,) = probe["environment"]
     shared = _environment(environment) | {"command": "python -m bench.gpu_probe OUTDIR"}
     what = _what(environment["device"], bool(environment["cuda"]))

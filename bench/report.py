@@ -6,7 +6,6 @@ python bench/report.py --write   # into them, between their markers
 
 import argparse
 import importlib.util
-import json
 import logging
 import math
 import re
@@ -127,15 +126,26 @@ APPROXIMATE_LABELS = {
     ("on-cpu", "+ int8-weights"): "all of the above, int8 weights",
 }
 H100_LABELS = {
-    "plain": "plain: SDPA, fp16, eager (bound by the host's CPU)",
-    "graph": "+ CUDA graphs of UNet, VAE and text encoder",
-    "graph, channels-last": "+ channels-last",
-    "+ cudnn-benchmark": "+ cuDNN's fastest algorithm by trial",
+    "naive": "attention spelled out, fp16, eager",
+    "sdpa": "plain: SDPA, fp16, eager (bound by the host's CPU)",
+    "base": "+ CUDA graphs of UNet, VAE and text encoder, noise copied without waiting",
+    "+ attention": "+ the backend for each head size",
+    "+ channels-last": "+ channels-last",
     "+ pointwise-linear": "+ 1x1 convolutions as matrix products",
-    "+ caches": "+ packed q/k/v, text keys once a prompt, timestep table",
+    "+ split-conv": "+ 3x3 convolutions of the smallest grid tap by tap",
+    "+ packed-qkv": "+ packed q/k/v",
+    "+ kv-cache": "+ text keys once a prompt",
+    "+ time-cache": "+ timestep table",
     "+ fused-norm": "+ GroupNorm, SiLU, bias and timestep in one Triton kernel",
     "+ fused-layernorm": "+ residual and LayerNorm in one",
-    "+ fused-geglu": "+ GEGLU in one",
+    "+ fused-geglu": "+ GEGLU in one, with its product where that pays",
+    "+ fused-upsample": "+ upsampling at the memory's speed",
+    "+ shared-halves": "+ what precedes the text once for both halves: `--opt exact`",
+}
+H100_QUANTIZED_LABELS = {
+    "base": "`exact` less packed q/k/v",
+    "+ int8-weights": "the same and int8 weights, eager",
+    "+ float8": "the same and float8, eager",
 }
 PEER_LABELS = {
     "diffusers": "diffusers 0.42.1, eager",
@@ -203,21 +213,24 @@ def _power(value: float) -> str:
 
 
 def h100_ladder(results: Path = RESULTS) -> str:
-    """The probe's ladder: pictures of the DDPM sampler, and the UNet's error over that of plain fp16."""
-    probe = json.loads((results / "h100" / "probe" / "probe.json").read_text())
-    pictures = {line["label"]: line["picture_s"] for line in probe["pictures"] if line["sampler"] == "ddpm"}
-    rows = [
-        (
-            H100_LABELS[line["label"]],
-            f"{pictures[line['label']]:.3f} s",
-            f"{line['step_ms']:#.3g} ms",
-            f"{line['decode_ms']:#.3g} ms",
-            f"{line['unet_ratio']:.2f}",
-        )
-        for line in probe["ladder"]
-        if line["label"] in H100_LABELS
-    ]
-    return markdown(("", "picture", "UNet step", "VAE decode", "error"), rows)
+    """The cumulative rows, and those of quantized layers; how far the last latents and the pictures are from fp32's."""
+    folder = results / "h100"
+    looks = {line["opts"]: line for line in read_csv(folder / "fidelity.csv") if line["psnr_db"]}
+    rows = []
+    for name, labels in (("ladder", H100_LABELS), ("quantized", H100_QUANTIZED_LABELS)):
+        lines = {line["row"]: line for line in read_csv(folder / f"{name}.csv")}
+        rows += [_h100_row(label, lines[row], looks.get(lines[row]["opts"])) for row, label in labels.items()]
+    return markdown(("", "picture", "UNet step", "peak", "from fp32"), rows)
+
+
+def _h100_row(label: str, line: Result, look: Result | None) -> tuple[str, ...]:
+    return (
+        label,
+        f"{float(line['picture_s']):.3f} s",
+        f"{1e3 * float(line['step_s']):#.3g} ms",
+        f"{float(line['peak_gib']):.1f} GiB",
+        f"{_power(float(look['error_last']))}, {float(look['psnr_db']):.0f} dB" if look else "",
+    )
 
 
 def cpu_peers(results: Path = RESULTS) -> str:

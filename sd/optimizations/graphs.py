@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sd.checkpoints.stamps import address
-from sd.optimizations.base import NVIDIA, Patch, Record, Stage, optimization
+from sd.optimizations.base import NVIDIA, OptimizationError, Patch, Record, Stage, optimization
 from sd.samplers import SAMPLERS, PictureNoise
 
 MAX_GRAPHS = 16  # a module; the oldest goes
@@ -234,6 +234,15 @@ def _trying_algorithms() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
+def _refuse_what_waits(patch: Patch) -> None:
+    """torchao's int8 layers print each input to see what it is (torchao 0.18, `safe_int_mm`), unless they are compiled:
+    that waits for the GPU, and cannot be captured."""
+    quantization = getattr(patch.unet, "quantization", None)
+    compiled = any(other.name == "compile" for other in patch.record.patches)
+    if quantization and quantization.switch == "int8-dynamic" and not compiled:
+        raise OptimizationError(f"{patch.name} cannot be combined with int8-dynamic, unless with compile too")
+
+
 @optimization(
     "cudnn-benchmark",
     stage=Stage.CAPTURE,
@@ -264,6 +273,7 @@ def cuda_graph(patch: Patch) -> None:
     Helps: at small batches, where the host launches some 900 kernels a step slower than they run. Hurts: the first
     picture of each size, by a second, and memory: a graph keeps its activations.
     """
+    _refuse_what_waits(patch)
     patch.around("predict", lambda predict: Graphed(predict, patch.unet, patch.record.key))
     _graph_text_and_vae(patch)
 
@@ -275,6 +285,7 @@ def loop_graph(patch: Patch) -> None:
     Helps: as cuda-graph does, and the sampler's arithmetic too; the host only launches once. Hurts: every new number of
     steps, sampler or guidance scale is recorded anew, for a second or more; progress shows at the end only.
     """
+    _refuse_what_waits(patch)
     patch.around("sample", lambda sample: GraphedLoop(sample, patch.record))
     _graph_text_and_vae(patch)
 

@@ -6,7 +6,7 @@ import torch
 
 from bench.reference.numbers import noise, pixels, relative_error
 from sd.ddpm import spaced_timesteps
-from sd.optimizations import graphs
+from sd.optimizations import OptimizationError, graphs, registry
 from sd.samplers import PictureNoise
 from tests.optimizations.stand_in import install
 from tests.optimizations.support import CPU, DRAW, change_in_place, inputs, load, replace
@@ -224,3 +224,16 @@ def test_the_stand_in_refuses_what_a_capture_refuses(captured, call):
     x = noise(3)
     with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         call(x)
+
+
+# ---- what cannot be captured
+
+
+@pytest.mark.parametrize("graph", ["cuda-graph", "loop-graph"])
+def test_layers_that_wait_for_the_gpu_are_refused_by_name(make, captured, monkeypatch, graph):
+    """torchao prints each input of an int8-dynamic layer, which on a GPU cannot be recorded."""
+    with pytest.raises(OptimizationError, match=f"{graph} cannot be combined with int8-dynamic, unless with compile"):
+        make("int8-dynamic", graph)
+    presets = {**registry.PRESETS, "mine": lambda pipe: (graph, "kv-cache")}
+    monkeypatch.setattr(registry, "PRESETS", presets)
+    assert make("int8-dynamic", "mine").optimizations == ["int8-dynamic", "kv-cache"]

@@ -269,6 +269,13 @@ def test_small_layers_and_the_time_embedding_are_no_candidates(monkeypatch):
     assert f"{BLOCK}.attn1.to_q" not in quantization.candidates(unet, "int8_dynamic")
 
 
+def test_float8_leaves_out_what_torchao_takes_for_scales_a_block():
+    layers = nn.ModuleDict({"0": nn.Linear(128, 256), "1": nn.Linear(128, 128)})
+    unet = nn.ModuleDict({"input": nn.ModuleDict({"transformer_blocks": layers})})
+    assert quantization.candidates(unet, "float8") == ["input.transformer_blocks.0"]
+    assert len(quantization.candidates(unet, "int8_dynamic")) == 2
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
