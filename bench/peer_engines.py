@@ -27,11 +27,12 @@ from bench.load import resident
 from bench.reference.numbers import noise
 from sd import optimizations
 from sd.config import Config
-from sd.ddpm import alphas_cumprod, predict_x0
+from sd.ddpm import predict_x0
 from sd.guidance import Guided
 from sd.kernels import native
 from sd.kernels.allocator import freed_memory_kept
 from sd.pipeline import StableDiffusion
+from sd.schedules import alphas_cumprod
 
 PROMPT = "a lighthouse in a storm"
 SEED = 7

@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import common
 from bench.reference.numbers import relative_error
 from sd.config import Config
-from sd.ddpm import spaced_timesteps
+from sd.noise import PictureNoise
 from sd.optimizations import quantization
 from sd.pipeline import StableDiffusion, default_device
-from sd.samplers import PictureNoise
+from sd.samplers import choose
+from sd.schedules import leading
 from sd.unet import UNet
 
 UNFINISHED = 75
@@ -96,7 +97,7 @@ class Bench:
         side = self.damage_size // config.vae.downsampling
         noise = PictureNoise([0], (config.vae.z_channels, side, side), self.pipe.device, torch.float32)
         context = self.pipe.encode_prompts([PROMPT], [""])
-        return self.pipe.sample(noise(), context, 7.5, "ddim", spaced_timesteps(self.steps), noise)
+        return self.pipe.sample(noise(), context, 7.5, choose("ddim"), leading(self.steps), noise)
 
     def times(self, scheme: str, plain: nn.Module, quantized: nn.Module, shapes: Shapes) -> tuple[float, float]:
         """Median seconds of a call of the plain and of the quantized layer."""

@@ -1,4 +1,7 @@
-"""Classifier-free guidance: the denoiser that a sampler calls, over a network that takes text. It knows no model."""
+"""Denoisers, which a sampler calls: classifier-free guidance over a network that takes text, and what networks predict.
+
+Nothing here knows a model.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Denoise = Callable[[Tensor, float], Tensor]
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A network: predict(x [B, C, H, W], t [], context [B, S, C]) -> the noise in x."""
 
@@ -66,11 +70,35 @@ class Guided:
         self.scale = scale
         self.call = call or Call()
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Latents x [B, C, H, W] at timestep t [] -> the noise in them, [B, C, H, W] in x's dtype."""
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """Latents x [B, C, H, W] at timestep t -> the noise in them, [B, C, H, W] in x's dtype."""
+        t = torch.full((), t, device=x.device)  # filled there: a copy would make the host wait
         if self.scale == 1:
             return self.predict(x.to(self.context.dtype), t, self.context).to(x.dtype)
         both = torch.cat([x, x]).to(self.context.dtype)
         with self.call.halves(alike=True):
             uncond, cond = self.predict(both, t, self.context).to(x.dtype).chunk(2)
         return uncond + self.scale * (cond - uncond)
+
+
+def from_velocity(denoise: Denoise, abar_at: Callable[[float], float]) -> Denoise:
+    """A denoiser of a network that predicts v = alpha * eps - s * x0 (Salimans and Ho 2022): its eps.
+
+    abar_at(t) is the share of the picture's variance at a timestep: `Schedule.abar_at`.
+    """
+
+    def eps(x: Tensor, t: float) -> Tensor:
+        abar = abar_at(t)
+        return abar**0.5 * denoise(x, t) + (1 - abar) ** 0.5 * x
+
+    return eps
+
+
+def from_picture(denoise: Denoise, abar_at: Callable[[float], float]) -> Denoise:
+    """A denoiser of a network that predicts the clean latents x0: its eps."""
+
+    def eps(x: Tensor, t: float) -> Tensor:
+        abar = abar_at(t)
+        return (x - abar**0.5 * denoise(x, t)) / (1 - abar) ** 0.5
+
+    return eps

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -27,6 +27,7 @@ if __name__ == "__main__":
     # Python has put sd/ itself first, where config.py and images.py could shadow other packages.
     sys.path[0] = str(ROOT)
 
+from sd import samplers  # noqa: E402
 from sd.pictures import drawing, parameters  # noqa: E402
 from sd.pictures.files import NAME_FIELDS  # noqa: E402
 from sd.pictures.model import ModelChoice, add_model_options, add_speed_options  # noqa: E402
@@ -46,6 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Run, ModelChoice]:
     """What is not given is None, so that a prompts file or a picture can fill it in before the defaults do."""
     args = _parser().parse_args(argv)
     given = {one.name: getattr(args, one.name) for one in parameters.flags()}
+    given = parameters.fast(given) if args.fast else given
     return options(Run, args, parameters=given, place=None), options(ModelChoice, args)
 
 
@@ -61,7 +63,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Parameters of a .jsonl line win over these options, which win over those of --from-png.",
     )
     _add_sources(parser.add_argument_group("what to draw (one of these)").add_argument)
-    parameters.add_options(parser.add_argument_group("the picture").add_argument)
+    picture = parser.add_argument_group("the picture").add_argument
+    parameters.add_options(picture)
+    fast = ", ".join(f"--{name} {value}" for name, value in parameters.FAST.items())
+    picture("--fast", action="store_true", help=f"{fast}, where these are not given")
     model = parser.add_argument_group("the model").add_argument
     add_model_options(model)
     model("--save-quantized", type=Path, metavar="FILE", help="write the weights that --opt quantized")
@@ -84,6 +89,7 @@ def _add_sources(add: Callable[..., object]) -> None:
     )
     add("--from-png", type=Path, metavar="FILE", help="draw a picture of this program again")
     add("--list-opts", action="store_true", help="list the optimizations and leave")
+    add("--list-samplers", action="store_true", help="list the samplers and schedules and leave")
 
 
 def _add_output(add: Callable[..., object]) -> None:
@@ -109,8 +115,8 @@ def run(asked: Run, model: ModelChoice) -> None:
     """Read, check, load, draw, save. Raises UserError for what the caller got wrong."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sd").setLevel(logging.INFO)
-    if asked.list_opts:
-        list_optimizations()
+    if asked.list_opts or asked.list_samplers:
+        print("\n\n".join(_listings(asked)))
         return
     watch = drawing.Stopwatch()
     asked, model, recorded = recalled(asked, model) if asked.from_png else (asked, model, {})
@@ -148,10 +154,13 @@ def save_quantized(pipe: "StableDiffusion", path: Path) -> None:
     quantized_files.save_quantized(pipe, path)
 
 
-def list_optimizations() -> None:
-    from sd import optimizations
+def _listings(asked: Run) -> Iterator[str]:
+    if asked.list_opts:
+        from sd import optimizations
 
-    print(optimizations.listing())
+        yield optimizations.listing()
+    if asked.list_samplers:
+        yield samplers.listing()
 
 
 # ---- the end

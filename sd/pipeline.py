@@ -14,14 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sd import model_loader
+from sd import model_loader, samplers, schedules
 from sd.checkpoints.stamps import Stamp
 from sd.clip import CLIP
 from sd.config import Config
-from sd.ddpm import add_noise, spaced_timesteps
+from sd.ddpm import add_noise
 from sd.guidance import Call, Guided
 from sd.images import from_pil, to_pil
-from sd.samplers import SAMPLERS, PictureNoise
+from sd.noise import PictureNoise
+from sd.samplers import Sampler
+from sd.schedules import Schedule
 from sd.tokenizer import Tokenizer
 from sd.unet import UNet
 from sd.vae import VAE
@@ -174,6 +176,10 @@ class StableDiffusion:
         sampler: str = "ddpm",
         init_image: Image.Image | None = None,
         strength: float = 0.8,
+        schedule: str | None = None,
+        eta: float | None = None,
+        s_noise: float | None = None,
+        solver_order: int | None = None,
         latents: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> list[Image.Image]:
@@ -183,6 +189,8 @@ class StableDiffusion:
         height, width: pixels, multiples of `config.size_multiple`; None is the size that the model was trained at, or
             init_image's shape at about that area.
         init_image: start from this picture, noised by `strength` (over 0, up to 1: none of it is left).
+        sampler, schedule: names of samplers.SAMPLERS and schedules.SCHEDULES, also as `DPM++ 2M Karras`; a schedule of
+            None is the sampler's own. eta, s_noise, solver_order: what it takes beside, None for its own.
         latents: start from this noise of variance 1, [B, z, height / 8, width / 8], in place of the seed's. It is
             not changed.
         on_step(step, steps, latents) is called after each step.
@@ -191,23 +199,33 @@ class StableDiffusion:
         """
         prompts, negatives, seeds = _broadcast(prompt, negative_prompt, seed)
         height, width = self._size(height, width, init_image)
-        _check(steps, cfg_scale, sampler, strength)
+        _check(cfg_scale, strength)
+        asked_for = {"eta": eta, "s_noise": s_noise, "solver_order": solver_order}
+        chosen, named = samplers.choose(sampler, asked_for), samplers.schedule_of(sampler, schedule)
+        levels = schedules.make(named, steps)
         shape = (self.config.vae.z_channels, height // self._downsampling, width // self._downsampling)
         noise = PictureNoise(seeds, shape, self.device, torch.promote_types(self.dtype, torch.float32))
-        timesteps = spaced_timesteps(steps)
         with self._timed("text"):
             context = self.encode_prompts(prompts, negatives if cfg_scale != 1 else None)
         if init_image is None:
             x = _given(latents, (len(prompts), *shape), noise) if latents is not None else noise()
         else:
-            timesteps = timesteps[steps - max(1, int(steps * strength)) :]
+            levels = levels.last(max(1, int(steps * strength)))
             with self._timed("encode"):
-                x = self._noised_image(init_image, height, width, noise, timesteps[0])
+                x = self._noised_image(init_image, height, width, noise, levels.abars[0])
         with self._timed("denoise"):
-            x = self.sample(x, context, cfg_scale, sampler, timesteps, noise, on_step)
+            x = self.sample(x, context, cfg_scale, chosen, levels, noise, on_step)
         with self._timed("decode"):
             images = to_pil(self.decode(x))
-        shared = {"steps": steps, "cfg_scale": cfg_scale, "sampler": sampler, "height": height, "width": width}
+        shared = {
+            "steps": steps,
+            "cfg_scale": cfg_scale,
+            "sampler": chosen.name,
+            "height": height,
+            "width": width,
+        }
+        own = schedule is None and named == chosen.method.schedule
+        shared |= dict(chosen.options) | ({} if own else {"schedule": named})
         if init_image is not None:
             shared["strength"] = strength
         for image, *own in zip(images, prompts, negatives, seeds, strict=True):
@@ -225,18 +243,18 @@ class StableDiffusion:
         x: Tensor,
         context: Tensor,
         cfg_scale: float,
-        sampler: str,
-        timesteps: Sequence[int],
+        sampler: Sampler,
+        schedule: Schedule,
         noise: PictureNoise,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Denoise x [B, z, h, w] from timesteps[0] on -> clean latents of the same shape, still scaled."""
-        with self.call.sampling(timesteps, guided=cfg_scale != 1) as start_step:
+        """Denoise x [B, z, h, w] from the schedule's first level on -> clean latents of that shape, still scaled."""
+        with self.call.sampling(schedule.timesteps, guided=cfg_scale != 1) as start_step:
             denoise = Guided(self.unet, context, cfg_scale, self.call)
-            for i, x in enumerate(SAMPLERS[sampler](denoise, x, timesteps, noise), start=1):  # noqa: B020
+            for i, x in enumerate(sampler(denoise, x, schedule, noise), start=1):  # noqa: B020
                 start_step(i)
                 if on_step:
-                    on_step(i, len(timesteps), x)
+                    on_step(i, len(schedule), x)
         return x
 
     def decode(self, x: Tensor) -> Tensor:
@@ -259,12 +277,12 @@ class StableDiffusion:
         vae.load_state_dict({name: weight.float() for name, weight in self.vae.state_dict().items()}, assign=True)
         return vae
 
-    def _noised_image(self, image: Image.Image, height: int, width: int, noise: PictureNoise, t: int) -> Tensor:
-        """The picture's latents at timestep t, [B, z, h, w]: first the posterior's noise is drawn, then the step's."""
+    def _noised_image(self, image: Image.Image, height: int, width: int, noise: PictureNoise, abar: float) -> Tensor:
+        """The picture's latents at a level, [B, z, h, w]: first the posterior's noise is drawn, then the step's."""
         pixels = from_pil(image, height, width).to(self.device, self.dtype)
         mean, logvar = (part.to(noise.dtype) for part in self.vae.encode(pixels))
         clean = (mean + (logvar / 2).exp() * noise()) * self.config.vae.scale_factor
-        return add_noise(clean, noise(), t)
+        return add_noise(clean, noise(), abar)
 
     @property
     def _downsampling(self) -> int:
@@ -319,14 +337,11 @@ def _broadcast(prompt, negative_prompt, seed) -> tuple[list[str], list[str], lis
     return columns[0], columns[1], columns[2]
 
 
-def _check(steps: int, cfg_scale: float, sampler: str, strength: float) -> None:
-    if sampler not in SAMPLERS:
-        raise ValueError(f"no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+def _check(cfg_scale: float, strength: float) -> None:
     if not math.isfinite(cfg_scale):
         raise ValueError(f"cfg_scale must be a finite number, not {cfg_scale}")
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be over 0 and at most 1, not {strength}")
-    spaced_timesteps(steps)
 
 
 def _given(latents: Tensor, shape: tuple[int, ...], noise: PictureNoise) -> Tensor:

@@ -125,7 +125,7 @@ def test_mistakes_are_one_line_and_start_nothing(loopback, arguments, words):
         ({"prompt": "x", "out": "x.jpg"}, "must end in .png"),
         ({"prompt": "x", "num_images": 17}, "at most 16"),
         ({"prompt": "x", "seed": -1}, "seed must be from 0"),
-        ({"prompt": "x", "sampler": "euler"}, "no sampler 'euler'"),
+        ({"prompt": "x", "sampler": "magic"}, "no sampler 'magic'"),
         ({"prompt": "x", "max_containers": 0}, "at least 1"),
         ({"prompts_file": "bad.jsonl"}, "bad.jsonl line 2: steps"),
         ({"prompts_file": "image.jsonl"}, "image.jsonl line 1: init_image"),
@@ -242,13 +242,13 @@ def test_a_new_parameter_is_a_flag_and_reaches_the_container(monkeypatch, tmp_pa
             asked.extend(flags)
             return [b"png"], ""
 
-    monkeypatch.setitem(PARAMETERS, "eta", Parameter("eta", Number(0, 2), "how much noise", 0.5))
-    assert flags_of(modal_inference.with_parameters(lambda **given: None))["eta"] == (float | None, None)
+    monkeypatch.setitem(PARAMETERS, "wobble", Parameter("wobble", Number(0, 2), "how much noise", 0.5))
+    assert flags_of(modal_inference.with_parameters(lambda **given: None))["wobble"] == (float | None, None)
     asked: list[str] = []
-    pictures = modal_inference.plan_prompt("-x", {"seed": 3, "eta": 1.5}, f"{tmp_path}/a.png")
+    pictures = modal_inference.plan_prompt("-x", {"seed": 3, "wobble": 1.5}, f"{tmp_path}/a.png")
     modal_inference.draw_prompt(pictures, Function, "demo", "default")
     wanted = ["--prompt=-x", "--negative-prompt=", "--steps=50", "--cfg-scale=7.5", "--seed=3", "--sampler=ddpm"]
-    assert asked == [*wanted, "--num-images=1", "--eta=1.5", "--opt=default"]
+    assert asked == [*wanted, "--num-images=1", "--wobble=1.5", "--opt=default"]
     assert (tmp_path / "a.png").read_bytes() == b"png"
 
 

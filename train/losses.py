@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd.ddpm import alphas_cumprod
+from sd.schedules import alphas_cumprod
 
 
 def gradient_loss(a: Tensor, b: Tensor, scales: int = 3) -> Tensor:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sd.checkpoints.stamps import address
+from sd.noise import PictureNoise
 from sd.optimizations.base import NVIDIA, OptimizationError, Patch, Record, Stage, optimization
-from sd.samplers import SAMPLERS, PictureNoise
+from sd.samplers import Sampler
+from sd.schedules import Schedule
 
 MAX_GRAPHS = 16  # a module; the oldest goes
 WARM_UP_CALLS = 2  # libraries choose algorithms, allocate workspaces and compile in these
@@ -31,52 +32,19 @@ class Recording:
     output: Any
 
 
-class HostConstants(TorchFunctionMode):
-    """Within this, torch.tensor of the same numbers gives the tensor of the first time.
-
-    Samplers copy their timesteps to the device, which cannot be recorded: the warm-up copies them, the capture finds
-    them here.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[str, Tensor] = {}
-
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if function is not torch.tensor:
-            return function(*args, **kwargs)
-        key = repr((args, kwargs))
-        if key not in self.made:
-            self.made[key] = function(*args, **kwargs)
-        return self.made[key]
-
-
 def record(function: Callable, inputs: Sequence[Tensor], pool: Any = None) -> Recording:
     """Capture function(*inputs) as a CUDA graph, after calls that warm it up on a stream of their own."""
     places = tuple(t.clone() for t in inputs)
-    constants = HostConstants()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), constants:
+    with torch.cuda.stream(stream):
         for _ in range(WARM_UP_CALLS):
             function(*places)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with constants, torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool):
         output = function(*places)
-    return Recording(places, Replay(graph, constants), output)
-
-
-@dataclass(frozen=True)
-class Replay:
-    """Runs a graph, and keeps what it reads alive."""
-
-    graph: Any
-    constants: HostConstants
-
-    def __call__(self) -> None:
-        self.graph.replay()
+    return Recording(places, graph.replay, output)
 
 
 def addresses(module: nn.Module) -> tuple[int, ...]:
@@ -163,8 +131,8 @@ class Drawn:
         return next(self.draws)
 
 
-def count_draws(sampler: str, timesteps: Sequence[int]) -> int:
-    """How often a sampler asks for noise on the way down these timesteps."""
+def count_draws(sampler: Sampler, schedule: Schedule) -> int:
+    """How often a sampler asks for noise on the way down a schedule."""
     count = 0
 
     def noise() -> Tensor:
@@ -172,7 +140,7 @@ def count_draws(sampler: str, timesteps: Sequence[int]) -> int:
         count += 1
         return torch.zeros(1, 1, 1, 1)
 
-    for _ in SAMPLERS[sampler](lambda x, t: x, torch.zeros(1, 1, 1, 1), timesteps, noise):
+    for _ in sampler(lambda x, t: x, torch.zeros(1, 1, 1, 1), schedule, noise):
         pass
     return count
 
@@ -183,7 +151,7 @@ def count_draws(sampler: str, timesteps: Sequence[int]) -> int:
 class GraphedLoop:
     """A pipeline's `sample` as one CUDA graph: all steps, guidance and the sampler's arithmetic.
 
-    A graph holds for one sampler, list of timesteps, guidance scale and shape. `on_step` is called for all the steps
+    A graph holds for one sampler, schedule, guidance scale and shape. `on_step` is called for all the steps
     once the picture is done: a graph does not stop to report.
     """
 
@@ -197,18 +165,18 @@ class GraphedLoop:
         x: Tensor,
         context: Tensor,
         cfg_scale: float,
-        sampler: str,
-        timesteps: Sequence[int],
+        sampler: Sampler,
+        schedule: Schedule,
         noise: PictureNoise,
         on_step: Callable[[int, int, Tensor], None] | None = None,
     ) -> Tensor:
         def loop(x: Tensor, context: Tensor, draws: Tensor) -> list[Tensor]:
             steps: list[Tensor] = []
-            self.sample(x, context, cfg_scale, sampler, timesteps, Drawn(draws), lambda i, n, x: steps.append(x))
+            self.sample(x, context, cfg_scale, sampler, schedule, Drawn(draws), lambda i, n, x: steps.append(x))
             return steps
 
-        inputs = x, context, AsyncNoise(noise).draw(count_draws(sampler, timesteps), x)
-        key = (_shapes(inputs), cfg_scale, sampler, tuple(timesteps))
+        inputs = x, context, AsyncNoise(noise).draw(count_draws(sampler, schedule), x)
+        key = (_shapes(inputs), cfg_scale, sampler, schedule)
         self.done.refresh(context)  # first, since weights that are packed anew move
         recording = self.recordings.get(key, loop, inputs)
         for place, value in zip(recording.inputs, inputs, strict=True):
@@ -217,7 +185,7 @@ class GraphedLoop:
         steps = [x.clone() for x in (recording.output if on_step else recording.output[-1:])]
         if on_step:
             for i, x in enumerate(steps, start=1):
-                on_step(i, len(timesteps), x)
+                on_step(i, len(schedule), x)
         return steps[-1]
 
 
@@ -303,10 +271,10 @@ def async_noise(patch: Patch) -> None:
     """
 
     def sampling(sample: Callable) -> Callable:
-        def sample_async(x, context, cfg_scale, sampler, timesteps, noise, on_step=None):
+        def sample_async(x, context, cfg_scale, sampler, schedule, noise, on_step=None):
             # Within loop-graph the noise is drawn already.
             noise = AsyncNoise(noise) if isinstance(noise, PictureNoise) else noise
-            return sample(x, context, cfg_scale, sampler, timesteps, noise, on_step)
+            return sample(x, context, cfg_scale, sampler, schedule, noise, on_step)
 
         return sample_async
 

@@ -53,7 +53,7 @@ from torch.ao.quantization import (
 )
 
 from sd.attention import merge_heads, split_heads
-from sd.ddpm import spaced_timesteps
+from sd.noise import PictureNoise
 from sd.optimizations.base import (
     ANYTHING,
     CPU,
@@ -70,7 +70,8 @@ from sd.optimizations.base import (
     record_of,
 )
 from sd.pipeline import StableDiffusion
-from sd.samplers import PictureNoise
+from sd.samplers import choose
+from sd.schedules import leading
 from sd.unet import GEGLU, CrossAttention, FeedForward
 
 log = logging.getLogger(__name__)
@@ -444,7 +445,7 @@ def calibrate(pipe: StableDiffusion, prompts: Sequence[str], steps: int, size: i
     for seed, prompt in enumerate(prompts):
         noise = PictureNoise([seed], shape, pipe.device, pipe.dtype)
         context = pipe.encode_prompts([prompt], [""])
-        pipe.sample(noise(), context, 7.5, "ddim", spaced_timesteps(steps), noise)
+        pipe.sample(noise(), context, 7.5, choose("ddim"), leading(steps), noise)
 
 
 @contextmanager

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sd.checkpoints.stamps import Stamp
-from sd.ddpm import TRAIN_STEPS
 from sd.optimizations.base import Patch, Stage, optimization
 from sd.optimizations.staged_unet import StagedUNet
+from sd.schedules import TRAIN_STEPS
 from sd.unet import ResBlock, UNet, timestep_embedding
 
 

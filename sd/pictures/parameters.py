@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
+from sd import samplers, schedules
+
 
 class UserError(Exception):
     """Something that the person at the keyboard can put right: printed in one line, exit code 2."""
@@ -88,6 +90,19 @@ class Choice:
         return value
 
 
+@dataclass(frozen=True)
+class Name(Choice):
+    """One of the options, as people write it: read(text) is the option, or raises ValueError."""
+
+    read: Callable[[str], str]
+    metavar: ClassVar[str] = "NAME"
+
+    def __call__(self, name: str, value: object) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be text, not {shown(value)}")
+        return self.read(value)
+
+
 INF = math.inf
 Check = Text | Whole | Number | Choice
 
@@ -145,7 +160,6 @@ class Parameter:
         return self.help.format(default=self.default, low=low, high=high)
 
 
-SAMPLERS = ("ddpm", "ddim")
 _ROWS = (
     Parameter("prompt", Text(), "what to draw", limit="max_prompt", flag=False, own=True),
     Parameter("negative_prompt", Text(), "what the picture should not show", "", limit="max_prompt", own=True),
@@ -161,7 +175,20 @@ _ROWS = (
     ),
     Parameter("height", Whole(1, 2**16), "(the model's own: 512 for SD 1.5)", limit="max_side", metavar="PIXELS"),
     Parameter("width", Whole(1, 2**16), "(the model's own)", limit="max_side", metavar="PIXELS"),
-    Parameter("sampler", Choice(SAMPLERS), "how to denoise ({default})", "ddpm"),
+    Parameter(
+        "sampler",
+        Name(tuple(samplers.SAMPLERS), lambda text: samplers.read(text)[0]),
+        "how to denoise ({default}; --list-samplers)",
+        "ddpm",
+    ),
+    Parameter(
+        "schedule",
+        Name(tuple(schedules.SCHEDULES), samplers.read_schedule),
+        "at which noise levels (the sampler's own)",
+    ),
+    Parameter("eta", Number(0, 1), "of samplers that draw noise: how much, {low} to {high} (the sampler's own)"),
+    Parameter("s_noise", Number(0, 10), "of samplers that draw noise: its scale (1)"),
+    Parameter("solver_order", Whole(1, 4), "of samplers with history: how much of it (the sampler's own)"),
     Parameter("init_image", Text(), "start from this picture instead of noise", metavar="FILE", file=True),
     Parameter(
         "strength",
@@ -202,7 +229,7 @@ def add_options(add: Callable[..., object]) -> None:
     """An option for each; add: the `add_argument` of a parser or a group. What is not given is None."""
     for parameter in flags():
         check = parameter.check
-        options = {"choices": check.options} if isinstance(check, Choice) else {"type": check.kind}
+        options = {"choices": check.options} if type(check) is Choice else {"type": check.kind}
         metavar = parameter.metavar or check.metavar
         add(parameter.option, metavar=metavar, help=parameter.described().replace("%", "%%"), **options)
 
@@ -217,6 +244,33 @@ def check_parameter(name: str, value: object) -> object:
 def checked(where: str, values: Mapping[str, object]) -> dict[str, object]:
     """The parameters, checked; None means not given. Raises UserError that starts with where."""
     try:
-        return {name: check_parameter(name, value) for name, value in values.items() if value is not None}
+        found = {name: check_parameter(name, value) for name, value in values.items() if value is not None}
+        return _named_schedule(values) | found
+    except ValueError as error:
+        raise UserError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _named_schedule(values: Mapping[str, object]) -> dict[str, object]:
+    """The schedule that a sampler's name holds, as in `DPM++ 2M Karras`."""
+    schedule = samplers.read(values["sampler"])[1] if isinstance(values.get("sampler"), str) else None
+    return {"schedule": schedule} if schedule else {}
+
+
+FAST = {"sampler": "dpmpp_2m", "schedule": "karras", "steps": 20}
+"""What `--fast` stands for: docs/samplers.md shows what it costs."""
+
+
+def fast(given: Mapping[str, object]) -> dict[str, object]:
+    """The parameters with those of FAST where none is given; a sampler or a schedule that is given keeps to itself."""
+    chosen = given.get("sampler") is not None or given.get("schedule") is not None
+    filled = {"steps": FAST["steps"]} if chosen else FAST
+    return {**given, **{name: value for name, value in filled.items() if given.get(name) is None}}
+
+
+def check_together(where: str, values: Mapping[str, object]) -> None:
+    """Whether the sampler takes its options and so many steps. Raises UserError that starts with where."""
+    try:
+        samplers.choose(values["sampler"], {name: values.get(name) for name in samplers.OPTIONS})
+        schedules.check(samplers.schedule_of(values["sampler"], values.get("schedule")), values["steps"])
     except ValueError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from sd.pictures.parameters import PARAMETERS, UserError, checked, defaults, recorded
+from sd.pictures.parameters import PARAMETERS, UserError, check_together, checked, defaults, recorded
 
 Drawn = TypeVar("Drawn")
 
@@ -103,6 +103,7 @@ def plan(entries: Iterable[Entry], shared: Mapping[str, object], first_seed: int
     jobs: list[Job] = []
     for where, own in entries:
         values = {**defaults(), **shared, **own}
+        check_together(where, values)
         count = values["num_images"]
         for i in range(count):
             seed = own["seed"] + i if "seed" in own else first_seed + len(jobs)

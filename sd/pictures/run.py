@@ -10,6 +10,7 @@ from sd.pictures.model import DTYPES, ModelChoice
 from sd.pictures.parameters import UserError, checked, recorded
 from sd.pictures.plan import Entry, Picture, plan, read_prompts
 from sd.pictures.provenance import fingerprint, init_image_again
+from sd.samplers import OPTIONS
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Run:
     batch_size: int | None = None
     save_quantized: Path | None = None
     list_opts: bool = False
+    list_samplers: bool = False
     explain: bool = False
     place: tuple[int, int] | None = None
 
@@ -54,6 +56,8 @@ def recalled(run: Run, model: ModelChoice) -> tuple[Run, ModelChoice, dict[str, 
     if said.get("quantized") and not model.load_quantized:
         raise UserError(f"the picture was drawn with {said['quantized']}; name it with --load-quantized")
     given = {name: value for name, value in run.parameters.items() if value is not None}
+    if "sampler" in given:  # what was the other's is not this one's
+        known = {name: value for name, value in known.items() if name not in ("schedule", *OPTIONS)}
     if "init_image" in known and "init_image" not in given:
         folder = run.from_png.parent
         known["init_image"] = init_image_again(known["init_image"], said.get("init_image_hash"), folder)

@@ -62,11 +62,12 @@ def _text(parameter: Parameter, limits: Limits) -> str:
 
 
 def _select(parameter: Parameter) -> str:
+    own = '<option value="">its own</option>' if parameter.default is None else ""
     options = "".join(
         f"<option{' selected' if option == parameter.default else ''}>{html.escape(option)}</option>"
         for option in parameter.check.options
     )
-    return f'<select name="{parameter.name}">{options}</select>'
+    return f'<select name="{parameter.name}">{own}{options}</select>'
 
 
 def _number(parameter: Parameter, limits: Limits, config: Config) -> dict[str, object]:

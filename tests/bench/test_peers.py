@@ -84,7 +84,7 @@ def test_without_a_compiler(tiny_checkpoint):
 
 def test_one_step_from_the_highest_noise(tiny_checkpoint):
     """stable-diffusion.cpp's picture of one Euler step, against k-diffusion's formulas: x - sigma * eps."""
-    from sd.ddpm import alphas_cumprod
+    from sd.schedules import alphas_cumprod
 
     pipe = peer_engines.load(Task("plain", tiny_checkpoint, 64, (), 1))
     abar = alphas_cumprod()[peer_engines.FIRST_TIMESTEP]

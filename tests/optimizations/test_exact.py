@@ -66,7 +66,7 @@ def test_all_at_once(make):
     everything = (*ALL, "deepcache=1", "guidance-interval=0.0-1.0", "vae-tiling=64")
     fast, plain = make(*everything, config=TINY), make(config=TINY)
     assert_same(fast, plain, 1e-5)
-    for sampler in ("ddpm", "ddim"):
+    for sampler in ("ddpm", "ddim", "dpmpp_2m", "Euler a Karras"):
         a, b = (pixels(pipe.generate(["a cat", "a dog"], sampler=sampler, steps=4, seed=3)) for pipe in (fast, plain))
         assert np.abs(a - b).max() <= 1
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from bench.reference.numbers import noise, pixels, relative_error
-from sd.ddpm import spaced_timesteps
+from sd.noise import PictureNoise
 from sd.optimizations import OptimizationError, graphs, registry
-from sd.samplers import PictureNoise
+from sd.samplers import SAMPLERS, choose
+from sd.schedules import leading
 from tests.optimizations.stand_in import install
 from tests.optimizations.support import CPU, DRAW, change_in_place, inputs, load, replace
 from tests.sparing import sparing
@@ -126,6 +127,8 @@ LOOPS = (
     {"seed": 9},
     {"prompt": "a dog"},
     {"sampler": "ddim"},
+    {"sampler": "heun", "schedule": "karras"},
+    {"sampler": "unipc", "solver_order": 3},
     {"steps": 3},
     {"cfg_scale": 1},
     {"cfg_scale": 2.0},
@@ -144,7 +147,7 @@ def test_loop_graph(make, captured, names):
     for changes in LOOPS:
         assert_draws_alike(pipe, plain, **changes)
     of_text = 2  # with guidance and without
-    assert len(captured.captured) == 5 + of_text + 1
+    assert len(captured.captured) == 7 + of_text + 1
 
 
 def test_loop_graph_reports_all_steps_at_the_end(make, captured):
@@ -166,13 +169,18 @@ def test_loop_graph_sees_changed_weights(make, captured):
         assert_draws_alike(pipe, plain)
 
 
-def test_host_constants_are_made_once():
-    constants = graphs.HostConstants()
-    with constants:
-        first = torch.tensor([3, 2, 1])
-    with constants:
-        assert torch.tensor([3, 2, 1]) is first
-        assert torch.tensor([3, 2, 2]) is not first
+def every_sampler(names: list[str]) -> list:
+    cases = [(name, sampler) for name in names for sampler in SAMPLERS]
+    return sparing(cases, lambda case: case in (("loop-graph", "dpmpp_sde"), ("cuda-graph", "dpm2")))
+
+
+@pytest.mark.parametrize(("graph", "sampler"), every_sampler(["cuda-graph", "loop-graph", "deepcache=1"]))
+def test_every_sampler_by_graphs(make, captured, graph, sampler):
+    """With history, with two calls a step, with noise drawn before the loop; and levels between whole timesteps."""
+    pipe, plain = make(graph, *CACHES), make()
+    for schedule in (None, "karras"):
+        assert_draws_alike(pipe, plain, sampler=sampler, schedule=schedule)
+        assert_draws_alike(pipe, plain, sampler=sampler, schedule=schedule, seed=8)
 
 
 # ---- noise
@@ -195,9 +203,9 @@ def test_async_noise_draws_the_same_pictures(make):
         assert_draws_alike(make("async-noise"), make(), sampler=sampler)
 
 
-@pytest.mark.parametrize(("sampler", "draws"), [("ddpm", 5), ("ddim", 0)])
+@pytest.mark.parametrize(("sampler", "draws"), [("ddpm", 5), ("ddim", 0), ("dpmpp_sde", 8), ("euler_a", 4)])
 def test_count_draws(sampler, draws):
-    assert graphs.count_draws(sampler, spaced_timesteps(5)) == draws
+    assert graphs.count_draws(choose(sampler), leading(5)) == draws
 
 
 # ---- the stand-in itself

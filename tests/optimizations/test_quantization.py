@@ -18,11 +18,13 @@ from torch.ao.quantization import DeQuantStub, QuantStub
 from bench import common, sensitivity
 from bench.reference.numbers import relative_error
 from sd import optimizations
+from sd.noise import PictureNoise
 from sd.optimizations import OptimizationError, quantization, quantized_files
 from sd.optimizations.quantization import quantize, weight_bytes
 from sd.optimizations.quantized_files import load_quantized, save_quantized
 from sd.pipeline import StableDiffusion
-from sd.samplers import PictureNoise
+from sd.samplers import choose
+from sd.schedules import at_timesteps
 from sd.unet import CrossAttention, FeedForward
 from tests.weights import SHALLOW
 from tests.weights import shallow_pipeline as pipeline
@@ -50,7 +52,9 @@ every_scheme = pytest.mark.parametrize("scheme", APPLY)
 def latents(pipe: StableDiffusion) -> Tensor:
     """After two steps from fixed noise."""
     noise = PictureNoise([5], (4, 8, 8), pipe.device, torch.float32)
-    return pipe.sample(noise(), pipe.encode_prompts(["a cat"], [""]), 3.0, "ddim", [501, 1], noise)
+    return pipe.sample(
+        noise(), pipe.encode_prompts(["a cat"], [""]), 3.0, choose("ddim"), at_timesteps([501, 1]), noise
+    )
 
 
 @torch.no_grad()

@@ -40,12 +40,15 @@ def test_any_parameter_by_line(tmp_path):
         "seed": 9,
         "height": 64,
         "width": 128,
-        "sampler": "ddim",
+        "sampler": "Euler a",
+        "schedule": "Karras",
+        "eta": 0.5,
+        "s_noise": 1,
         "init_image": "a.png",
         "strength": 0.5,
         "num_images": 2,
     }
-    assert set(line) == set(PARAMETERS)
+    assert {*line, "solver_order"} == set(PARAMETERS)  # which no sampler takes beside eta
     file = write(tmp_path / "p.jsonl", json.dumps(line) + '\n{"prompt": "b", "steps": null}\n')
     jobs = plan(read_prompts(file), {"steps": 7}, first_seed=100)
     assert [(j.index, j.prompt, j.steps, j.seed) for j in jobs] == [
@@ -53,8 +56,8 @@ def test_any_parameter_by_line(tmp_path):
         (2, "a fox", 3, 10),
         (3, "b", 7, 102),
     ]
-    assert jobs[0].settings() == (3, 2.0, 64, 128, "ddim", "a.png", 0.5)
-    assert jobs[2].settings()[2:] == (None, None, "ddpm", None, PARAMETERS["strength"].default)
+    assert jobs[0].settings() == (3, 2.0, 64, 128, "euler_a", "karras", 0.5, 1.0, None, "a.png", 0.5)
+    assert jobs[2].settings()[2:] == (None, None, "ddpm", *[None] * 5, PARAMETERS["strength"].default)
     assert jobs[2].where == f"{file} line 2"
 
 
@@ -73,7 +76,7 @@ def test_any_parameter_by_line(tmp_path):
         ('{"prompt": "a", "strength": 2}', "line 1: strength must be over 0"),
         ('{"prompt": "a", "strength": 0}', "line 1: strength must be over 0"),
         ('{"prompt": "a", "sampler": "magic"}', "line 1: no sampler 'magic'; there are ddpm, ddim"),
-        ('{"prompt": "a", "sampler": []}', "line 1: no sampler"),
+        ('{"prompt": "a", "sampler": []}', "line 1: sampler must be text, not []"),
         ('{"prompt": "a", "seed": -1}', "line 1: seed"),
         ('{"prompt": "a", "seed": 9223372036854775808}', "line 1: seed"),
         ('{"prompt": "a", "seed": 9223372036854775807, "num_images": 2}', "line 1: seed"),

@@ -249,7 +249,7 @@ def picture(width: int, height: int) -> str:
         ({"prompt": "x", "cfg_scale": float("nan")}, "finite"),
         ({"prompt": "x", "seed": -1}, "seed must be from 0"),
         ({"prompt": "x", "seed": 2**63 - 1, "num_images": 2}, "seed must be from 0"),
-        ({"prompt": "x", "sampler": "euler"}, "there are ddpm, ddim"),
+        ({"prompt": "x", "sampler": "magic"}, "there are ddpm, ddim"),
         ({"prompt": "x", "strength": 2}, "strength must be over 0"),
         ({"prompt": "x", "step": 3}, "no parameter 'step'"),
         ({"prompt": "x", "init_image": 3}, "in base64"),
