@@ -54,11 +54,13 @@ class Schedule:
 
     timesteps: what the network is told at the n levels where it is called, falling; all whole numbers, or all floats.
     abars: abar at these, and at last of what comes out: n + 1, the last is 1. table: the levels of training.
+    full: the steps of the schedule that this is the end of; 0, it is all of one.
     """
 
     timesteps: tuple[float, ...]
     abars: tuple[float, ...]
     table: Table = field(compare=False, repr=False)
+    full: int = 0
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -70,7 +72,7 @@ class Schedule:
     def last(self, steps: int) -> Schedule:
         """Its last steps alone, for a picture that is only noised so far."""
         start = len(self) - steps
-        return Schedule(self.timesteps[start:], self.abars[start:], self.table)
+        return Schedule(self.timesteps[start:], self.abars[start:], self.table, self.full or len(self))
 
     def abar_at(self, t: float) -> float:
         """abar at a timestep, one between whole ones too, such as a sampler asks for within a step."""

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from sd.ddpm import Denoise, Noise
 
-FEW = 15  # steps; under these the last ones are of lower order, where a long step makes a high one unstable
+FEW = (
+    15  # steps of the whole schedule; under these the last ones are of lower order: long steps make a high one unstable
+)
 
 
 def _alpha(sigma: float) -> float:
@@ -55,15 +57,20 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, schedule: Schedule, noise: Noise, solv
     for i, t in enumerate(schedule.timesteps):
         sigma, to = schedule.sigmas[i : i + 2]
         m = [predict_x0(x, denoise(x, t), schedule.abars[i]), *m[:2]]
-        order = _order(i, len(schedule), solver_order)
+        order = _order(i, schedule, solver_order)
         x = _s(to) / _s(sigma) * x + _alpha(to) * _integral(schedule, i, m, order)
         yield x
 
 
-def _order(i: int, steps: int, most: int) -> int:
+def _order(i: int, schedule: Schedule, most: int) -> int:
     """Of step i: at first as many as there are pictures, at the end as many as steps are left, if they are long."""
-    left = steps - i if steps < FEW else most
-    return 1 if i == steps - 1 else min(most, i + 1, left)
+    left = len(schedule) - i
+    return 1 if left == 1 else min(most, i + 1, left if _few(schedule) else most)
+
+
+def _few(schedule: Schedule) -> bool:
+    """A picture to start from leaves out the first steps, by which those that are left grow no longer."""
+    return (schedule.full or len(schedule)) < FEW
 
 
 def _integral(schedule: Schedule, i: int, m: list[Tensor], order: int) -> Tensor:
@@ -178,33 +185,37 @@ def _sde_step(x: Tensor, picture: Tensor, sigma: float, to: float, eta: float, n
 
 
 def unipc(denoise: Denoise, x: Tensor, schedule: Schedule, noise: Noise, solver_order: int = 2) -> Iterator[Tensor]:
-    """Predictor and corrector of one form, B(h) = e^h - 1: a step's end is corrected by the call that is made there."""
+    """Predictor and corrector of one form, B(h) = e^h - 1: a step's end is corrected by the call that is made there.
+
+    The correction is added to the latents as they are then, so that what the caller wrote to them is kept.
+    """
     m: list[Tensor] = []
-    before, order = x, 1
+    bend, order = 0.0, 1
     for i, t in enumerate(schedule.timesteps):
         picture = predict_x0(x, denoise(x, t), schedule.abars[i])
+        sigma, to = schedule.sigmas[i : i + 2]
         if i > 0:
-            x = _unipc_step(schedule, i - 1, before, m, order, picture)
+            x = x + (_unipc_bend(schedule, i - 1, m, order, picture) - bend)
         m = [picture, *m[: solver_order - 1]]
         order = min(solver_order, i + 1, len(schedule) - i)
-        before = x
-        x = _unipc_step(schedule, i, x, m, order, None)
+        bend = _unipc_bend(schedule, i, m, order, None)
+        x = _s(to) / _s(sigma) * x - _alpha(to) * math.expm1(_log(to) - _log(sigma)) * m[0] + bend
         yield x
 
 
-def _unipc_step(schedule: Schedule, i: int, x: Tensor, m: list[Tensor], order: int, corrected: Tensor | None) -> Tensor:
-    """Step i from x by the last `order` pictures; and by that of its end, if there is one: then it is the corrector."""
+def _unipc_bend(schedule: Schedule, i: int, m: list[Tensor], order: int, corrected: Tensor | None) -> Tensor | float:
+    """What step i adds beside the latest picture by the last `order` pictures; with that of its end: the corrector."""
     sigma, to = schedule.sigmas[i : i + 2]
-    if to == 0:
-        return m[0]
+    if order == 1 and corrected is None:
+        return 0.0
     h = math.log(sigma / to)
     ratios = [math.log(sigma / schedule.sigmas[i - j]) / h for j in range(1, order)]
     slopes = [(m[j] - m[0]) / ratio for j, ratio in enumerate(ratios, start=1)]
     if corrected is not None:
         ratios, slopes = [*ratios, 1.0], [*slopes, corrected - m[0]]
     shares = _unipc_shares(ratios, h, corrected is not None)
-    bend = sum((share * slope for share, slope in zip(shares, slopes, strict=True)), 0.0)
-    return _s(to) / _s(sigma) * x - _alpha(to) * math.expm1(-h) * (m[0] + bend)
+    bend = sum(share * slope for share, slope in zip(shares, slopes, strict=True))
+    return -_alpha(to) * math.expm1(-h) * bend
 
 
 def _unipc_shares(ratios: list[float], h: float, corrects: bool) -> list[float]:
@@ -244,7 +255,7 @@ def deis(denoise: Denoise, x: Tensor, schedule: Schedule, noise: Noise, solver_o
     eps: list[Tensor] = []
     for i, t in enumerate(schedule.timesteps):
         eps = [denoise(x, t), *eps[: solver_order - 1]]
-        left = len(schedule) - i if len(schedule) < FEW else solver_order
+        left = len(schedule) - i if _few(schedule) else solver_order
         order = min(len(eps), left)
         nodes = [math.log(sigmas[i - j]) for j in range(order)]
         slope = sum(_log_integral(nodes, j, *sigmas[i : i + 2]) * eps[j] for j in range(order))
@@ -288,7 +299,7 @@ def tcd(denoise: Denoise, x: Tensor, schedule: Schedule, noise: Noise, eta: floa
     """Trajectory consistency (Zheng et al. 2024): below the next level by the share eta, and up to it by noise."""
     for i, t in enumerate(schedule.timesteps):
         to = schedule.timesteps[i + 1] if i + 1 < len(schedule) else 0
-        below = schedule.table[int((1 - eta) * to)]
+        below = schedule.table[int((1 - eta) * to + 1e-6)]  # 0.7 * 90 is 62.99999999999999
         eps = denoise(x, t)
         x = below**0.5 * predict_x0(x, eps, schedule.abars[i]) + (1 - below) ** 0.5 * eps
         if i + 1 < len(schedule) and eta > 0:

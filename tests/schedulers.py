@@ -243,7 +243,12 @@ class BrownianPath:
 
 
 def multistep(scheduler, schedule: Schedule, denoise: Denoise, x: Tensor, noise: Noise) -> Trajectory:
-    for t in scheduler.timesteps:
+    # As their pipelines have it where a picture is started from: all timesteps, and where to begin.
+    left_out = (schedule.full or len(schedule)) - len(schedule)
+    scheduler.sigmas = torch.cat([scheduler.sigmas[:1].expand(left_out), scheduler.sigmas])
+    scheduler.timesteps = torch.cat([scheduler.timesteps[:1].expand(left_out), scheduler.timesteps])
+    scheduler.set_begin_index(left_out)
+    for t in scheduler.timesteps[left_out:]:
         with in_float64(scheduler, noise):
             x = scheduler.step(denoise(x, t.item()), t, x).prev_sample
         yield x

@@ -277,6 +277,42 @@ def test_inputs_are_not_changed_and_what_is_yielded_may_be(name):
     assert not any(torch.equal(a, b) for a, b in zip(first[3:], changed[3:], strict=True))
 
 
+ON_PICTURES = [name for name in SAMPLERS if name not in ("ddpm", "plms", "lms", "deis", "lcm", "tcd")]
+
+
+@pytest.mark.parametrize("name", ON_PICTURES)
+def test_a_step_starts_from_what_was_written(name):
+    """A network that always sees one picture: what x holds beside it shrinks as s does, at each step.
+
+    Samplers that keep slopes are left out: theirs are not of what was written.
+    """
+    levels, picture = schedules.make("karras", 12), draws(0)()
+
+    def sees_one_picture(x, t):
+        abar = levels.abar_at(t)
+        return (x - abar**0.5 * picture) / (1 - abar) ** 0.5
+
+    still = {"eta": 0.0} if "eta" in SAMPLERS[name].defaults else {}
+    steps = choose(name, still)(sees_one_picture, draws(1)(), levels, None)
+    for i in range(1, 8):
+        x = next(steps)
+        if i == 6:
+            written = x.copy_(draws(2)()).clone()
+    before, after = levels.abars[6:8]
+    left = ((1 - after) / (1 - before)) ** 0.5 * (written - before**0.5 * picture)
+    assert relative_error(x, after**0.5 * picture + left) < 1e-9
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.3, 0.8])
+def test_tcd_takes_whole_shares_of_a_timestep(eta):
+    """(1 - 0.3) * 90 is 63, but not in floating-point numbers of double precision."""
+    levels = schedules.at_timesteps([990, 900, 180, 90])
+    ours = choose("tcd", {"eta": eta})(predictor, draws(0)(), levels, draws(1))
+    theirs = schedulers.tcd(levels, predictor, draws(0)(), draws(1), eta=eta)
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
 # ---- what networks predict
 
 
