@@ -122,10 +122,11 @@ def run(asked: Run, model: ModelChoice) -> None:
     asked, model, recorded = recalled(asked, model) if asked.from_png else (asked, model, {})
     pictures = pictures_of(asked)
     check_init_images(pictures)
+    model.loras()
     with watch("import"):
         import sd.pipeline  # noqa: F401
     checkpoint = model.checkpoint(recorded)
-    left = not_there_yet(pictures, asked, checkpoint)
+    left = not_there_yet(pictures, asked, checkpoint, model)
     if pictures and not left:
         print(f"all {len(pictures)} pictures are there already; --overwrite draws them again")
         if not asked.explain:

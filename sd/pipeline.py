@@ -21,6 +21,7 @@ from sd.config import Config
 from sd.ddpm import add_noise
 from sd.guidance import Call, Guided
 from sd.images import from_pil, to_pil
+from sd.lora import Loras
 from sd.noise import PictureNoise
 from sd.samplers import Sampler
 from sd.schedules import Schedule
@@ -99,6 +100,7 @@ class StableDiffusion:
         self.times: dict[str, float] = {}
         self.call = Call()
         self.optimizations: list[str] = []
+        self.loras = Loras()
         self._loaded: dict[str, Stamp] = {}
 
     @classmethod
@@ -158,6 +160,23 @@ class StableDiffusion:
         self.device = torch.device(device)
         self.note_loaded(loaded)
         return self
+
+    def add_lora(self, path: str | os.PathLike, weight: float = 1.0) -> str:
+        """Merge a LoRA's file into the weights at a strength; returns the name by which it can be changed.
+
+        LoRA, LoCon, LoHa, LoKr and DoRA, as kohya's trainer, diffusers, PEFT and the first ones wrote them. Speed stays
+        what it was. Optimizations may be on or come later. Raises model_loader.CheckpointError for a file that fits
+        nothing here, and ValueError where the UNet is quantized, or a file of that name is merged already.
+        """
+        return self.loras.add(self, os.fspath(path), weight)
+
+    def set_lora(self, name: str, weight: float) -> None:
+        """Another strength for a LoRA; it is merged anew from the checkpoint's weights."""
+        self.loras.set(self, name, weight)
+
+    def remove_loras(self, name: str | None = None) -> None:
+        """Take this one or all out again: the weights are the checkpoint's, bit for bit."""
+        self.loras.remove(self, name)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the weights in the original layout as .safetensors, with the configuration in the metadata."""

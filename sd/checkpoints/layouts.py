@@ -38,7 +38,10 @@ _OTHER_FAMILIES = (
     (r"cond_stage_model\.model\.", "Stable Diffusion 2"),
     (r"model\.diffusion_model\.joint_blocks\.", "Stable Diffusion 3"),
     (r"(model\.diffusion_model\.)?double_blocks\.", "Flux"),
-    (r".*(lora_(unet|te|up|down|A|B)|\.lora\.|hada_w1|lokr_w)", "a LoRA, a change to a checkpoint and not one itself"),
+    (
+        r".*(lora_(unet|te|up|down|A|B)|\.lora\.|hada_w1|lokr_w)",
+        "a LoRA, a change to a checkpoint and not one itself: name it with --lora",
+    ),
     (r"control_model\.|controlnet_", "a ControlNet"),
     (r"(unet\.)?(down|up)_blocks\.|(en|de)coder\.(down|up)_blocks\.", "one model of the diffusers layout"),
 )

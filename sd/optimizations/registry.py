@@ -325,6 +325,7 @@ def undo(pipe: StableDiffusion) -> None:
         record.undo()
         del pipe.record
         pipe.optimizations = []
+        pipe.loras.again(pipe)
 
 
 def _tell(left_out: list[tuple[Choice, str]]) -> None:

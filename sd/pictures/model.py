@@ -3,7 +3,8 @@
 torch is imported by what needs it, when it is called: the choice is made, and wrong ones refused, without it.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,12 @@ SHORT = ("cpu-bf16", "cpu-int8")  # the optimizations that pack short numbers fr
 def add_model_options(add: Callable[..., object]) -> None:
     """The options of a `ModelChoice` that say which model; add: the `add_argument` of a parser or a group."""
     add("--ckpt", type=Path, metavar="FILE", help=".safetensors or .ckpt ($SD_CKPT, then those in data/)")
+    add(
+        "--lora",
+        action="append",
+        metavar="FILE[:WEIGHT]",
+        help="merge a LoRA into the weights, at a strength (1); repeat it for several",
+    )
     add("--ema", action="store_true", help="use the averaged weights of a file that holds both")
     add("--device", help="cuda, mps or cpu (the best there is)")
     add("--dtype", choices=DTYPES, help="(float16 on CUDA, bfloat16 on a CPU with AMX, else float32)")
@@ -52,6 +59,7 @@ class ModelChoice:
     """
 
     ckpt: Path | None = None
+    lora: Sequence[str] | None = None
     ema: bool = False
     device: str | None = None
     dtype: str | None = None
@@ -86,11 +94,17 @@ class ModelChoice:
         device = check_device(self.device)
         pipe = StableDiffusion.load(checkpoint, device, self._dtype_to_load(checkpoint), ema=self.ema)
         pipe.dtype_is_asked_for = self.dtype is not None
+        for path, weight in self.loras():
+            pipe.add_lora(path, weight)
         if self.load_quantized:
             from sd.optimizations.quantized_files import load_quantized
 
             load_quantized(pipe, self.load_quantized)
         return pipe
+
+    def loras(self) -> list[tuple[Path, float]]:
+        """The files and strengths of --lora. Raises UserError for what is not there, or no strength."""
+        return [_lora(text) for text in self.lora or ()]
 
     def _dtype_to_load(self, checkpoint: Path) -> "torch.dtype | None":
         """The one that is asked for; but where short numbers will be packed from the weights, the file's own, so that
@@ -137,6 +151,12 @@ class ModelChoice:
             return f"cpu-bf16,{text}"
         return text
 
+    def recorded_loras(self) -> list[list] | None:
+        """As a picture's PNG says them: name, fingerprint, strength; None for none."""
+        from sd.pictures.provenance import fingerprint
+
+        return [[path.name, fingerprint(path), weight] for path, weight in self.loras()] or None
+
     def facts(self, pipe: "StableDiffusion", checkpoint: Path) -> dict[str, object]:
         """What a picture's PNG says of the model and the machine; --from-png reads it."""
         from sd.pictures.provenance import fingerprint
@@ -147,10 +167,25 @@ class ModelChoice:
             "checkpoint": checkpoint.name,
             "checkpoint_hash": fingerprint(checkpoint),
             "ema": self.ema,
+            "loras": self.recorded_loras(),
             "quantized": self.load_quantized and self.load_quantized.name,
             **running,
         }
         return {name: value for name, value in known.items() if value is not None}
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """`FILE` or `FILE:WEIGHT`, where a file may have a colon in its name."""
+    path, _, number = text.rpartition(":")
+    try:
+        found = (Path(path), float(number)) if path and not Path(text).is_file() else (Path(text), 1.0)
+    except ValueError:
+        found = Path(text), 1.0
+    if not math.isfinite(found[1]):
+        raise UserError(f"--lora: a strength must be a finite number, not {number}")
+    if not found[0].is_file():
+        raise UserError(f"--lora: there is no file {found[0]}")
+    return found
 
 
 def _words(names: str) -> set[str]:

@@ -53,6 +53,21 @@ def checkpoint_again(name: object, recorded: object, candidates: Sequence[Path])
     raise ProvenanceError(f"the picture was drawn with the checkpoint {name} ({recorded}); name it with --ckpt")
 
 
+def loras_again(recorded: object, folder: Path) -> list[str]:
+    """The LoRAs that a picture was drawn with, as --lora takes them: in the working directory or the picture's folder.
+
+    Raises ProvenanceError for one that is not there.
+    """
+    found = []
+    for name, digest, weight in recorded if isinstance(recorded, list) else ():
+        candidates = (Path(name), folder / Path(name).name)
+        path = next((path for path in candidates if path.is_file() and fingerprint(path) == digest), None)
+        if path is None:
+            raise ProvenanceError(f"the picture was drawn with the LoRA {name} ({digest}); name it with --lora")
+        found.append(f"{path}:{weight}")
+    return found
+
+
 def init_image_again(name: str, recorded: object, folder: Path) -> str:
     """The init image of that name, in the working directory or the picture's folder. Raises ProvenanceError."""
     for path in (Path(name), folder / Path(name).name):

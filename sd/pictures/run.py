@@ -9,7 +9,7 @@ from sd.pictures.files import left_to_draw, output_files
 from sd.pictures.model import DTYPES, ModelChoice
 from sd.pictures.parameters import UserError, checked, recorded
 from sd.pictures.plan import Entry, Picture, plan, read_prompts
-from sd.pictures.provenance import fingerprint, init_image_again
+from sd.pictures.provenance import fingerprint, init_image_again, loras_again
 from sd.samplers import OPTIONS
 
 
@@ -72,7 +72,8 @@ def _recalled_model(model: ModelChoice, said: Mapping[str, object], file: Path) 
     known = {name: said[name] for name in names if isinstance(said.get(name), str)}
     if known.get("dtype") not in (None, *DTYPES):
         raise UserError(f"{file}: there is no dtype {known['dtype']}")
-    return replace(model, **known, ema=model.ema or said.get("ema") is True)
+    lora = model.lora if model.lora is not None else loras_again(said.get("loras"), file.parent)
+    return replace(model, **known, lora=lora or None, ema=model.ema or said.get("ema") is True)
 
 
 def _place_in_batch(said: object) -> tuple[int, int] | None:
@@ -107,13 +108,13 @@ def _entries(run: Run) -> list[Entry]:
     return [Entry("", checked("", {"prompt": prompt})) for prompt in run.prompt]
 
 
-def not_there_yet(pictures: list[Picture], run: Run, checkpoint: Path) -> list[Picture]:
+def not_there_yet(pictures: list[Picture], run: Run, checkpoint: Path, model: ModelChoice) -> list[Picture]:
     """Of several pictures, those to draw on a second run. Raises UserError where another picture has the name."""
     from sd.pictures.png import read_parameters
 
     if run.overwrite or (len(pictures) == 1 and not run.prompts_file):
         return pictures
-    same = {"checkpoint_hash": fingerprint(checkpoint)}
+    same = {"checkpoint_hash": fingerprint(checkpoint), "loras": model.recorded_loras()}
     return left_to_draw(pictures, read_parameters, same, ignore=["seed"] if run.random_seeds else [])
 
 
