@@ -73,8 +73,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(cfg.width, cfg.heads) for _ in range(cfg.layers))
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
+    def forward(self, x: Tensor, skip: int = 0) -> Tensor:
+        for layer in self.layers[: len(self.layers) - skip]:
             x = layer(x)
         return x
 
@@ -88,6 +88,6 @@ class CLIP(nn.Module):
         self.encoder = Encoder(cfg)
         self.final_layer_norm = nn.LayerNorm(cfg.width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids [B, L], L <= 77 -> context [B, L, C]."""
-        return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
+    def forward(self, tokens: Tensor, skip: int = 0) -> Tensor:
+        """Token ids [B, L], L <= 77 -> context [B, L, C]; without the last `skip` layers."""
+        return self.final_layer_norm(self.encoder(self.embeddings(tokens), skip))

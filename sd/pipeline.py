@@ -23,6 +23,7 @@ from sd.guidance import Call, Guided
 from sd.images import from_pil, to_pil
 from sd.lora import Loras
 from sd.noise import PictureNoise
+from sd.prompts import padded, tokenize, weighted
 from sd.samplers import Sampler
 from sd.schedules import Schedule
 from sd.tokenizer import Tokenizer
@@ -199,6 +200,8 @@ class StableDiffusion:
         eta: float | None = None,
         s_noise: float | None = None,
         solver_order: int | None = None,
+        prompt_syntax: str | None = None,
+        clip_skip: int | None = None,
         latents: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> list[Image.Image]:
@@ -210,6 +213,8 @@ class StableDiffusion:
         init_image: start from this picture, noised by `strength` (over 0, up to 1: none of it is left).
         sampler, schedule: names of samplers.SAMPLERS and schedules.SCHEDULES, also as `DPM++ 2M Karras`; a schedule of
             None is the sampler's own. eta, s_noise, solver_order: what it takes beside, None for its own.
+        prompt_syntax: "weights", in which (text:1.3) counts 1.3 times, "a1111" or "plain" (sd/prompts.py); None is the
+            first. clip_skip: the text is read from this layer from the end; None is the last.
         latents: start from this noise of variance 1, [B, z, height / 8, width / 8], in place of the seed's. It is
             not changed.
         on_step(step, steps, latents) is called after each step.
@@ -218,14 +223,14 @@ class StableDiffusion:
         """
         prompts, negatives, seeds = _broadcast(prompt, negative_prompt, seed)
         height, width = self._size(height, width, init_image)
-        _check(cfg_scale, strength)
+        _check(cfg_scale, strength, clip_skip, self.config.text.layers)
         asked_for = {"eta": eta, "s_noise": s_noise, "solver_order": solver_order}
         chosen, named = samplers.choose(sampler, asked_for), samplers.schedule_of(sampler, schedule)
         levels = schedules.make(named, steps)
         shape = (self.config.vae.z_channels, height // self._downsampling, width // self._downsampling)
         noise = PictureNoise(seeds, shape, self.device, torch.promote_types(self.dtype, torch.float32))
         with self._timed("text"):
-            context = self.encode_prompts(prompts, negatives if cfg_scale != 1 else None)
+            context = self.encode_prompts(prompts, negatives if cfg_scale != 1 else None, prompt_syntax, clip_skip)
         if init_image is None:
             x = _given(latents, (len(prompts), *shape), noise) if latents is not None else noise()
         else:
@@ -245,17 +250,39 @@ class StableDiffusion:
         }
         own = schedule is None and named == chosen.method.schedule
         shared |= dict(chosen.options) | ({} if own else {"schedule": named})
+        shared |= {"prompt_syntax": prompt_syntax} if prompt_syntax else {}
+        shared |= {"clip_skip": clip_skip} if clip_skip else {}
         if init_image is not None:
             shared["strength"] = strength
         for image, *own in zip(images, prompts, negatives, seeds, strict=True):
             image.info.update(zip(("prompt", "negative_prompt", "seed"), own, strict=True), **shared)
         return images
 
-    def encode_prompts(self, prompts: Sequence[str], negatives: Sequence[str] | None) -> Tensor:
-        """-> context [2B, S, C], the negative prompts' half first, or [B, S, C] if negatives is None."""
-        texts = [*(negatives or []), *prompts]
-        tokens = self.tokenizer(texts, self.config.text.max_length).to(self.device)
-        return self.clip(tokens)
+    def encode_prompts(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str] | None,
+        syntax: str | None = None,
+        clip_skip: int | None = None,
+    ) -> Tensor:
+        """-> context [2B, S, C], the negative prompts' half first, or [B, S, C] if negatives is None.
+
+        syntax: of sd/prompts.py, None is "weights"; S is 77 times as many as the longest prompt has chunks. clip_skip:
+        the context is that of this layer from the end, None is the last. Raises ValueError for brackets and weights
+        that make no sense.
+        """
+        texts, length = [*(negatives or []), *prompts], self.config.text.max_length
+        skip = [] if clip_skip in (None, 1) else [clip_skip - 1]
+        if syntax == "plain":
+            return self.clip(self.tokenizer(texts, length).to(self.device), *skip)
+        read = [tokenize(text, self.tokenizer, syntax or "weights", length) for text in texts]
+        read = padded(read, self.tokenizer)
+        ids = torch.tensor([row for one in read for row in one.ids], dtype=torch.long)
+        context = self.clip(ids.to(self.device), *skip).unflatten(0, (len(texts), -1)).flatten(1, 2)
+        if not any(one.weighted for one in read):
+            return context
+        weights = [torch.tensor(one.weights).flatten() for one in read]
+        return torch.stack([weighted(c, w) if w.ne(1).any() else c for c, w in zip(context, weights, strict=True)])
 
     def sample(
         self,
@@ -356,7 +383,9 @@ def _broadcast(prompt, negative_prompt, seed) -> tuple[list[str], list[str], lis
     return columns[0], columns[1], columns[2]
 
 
-def _check(cfg_scale: float, strength: float) -> None:
+def _check(cfg_scale: float, strength: float, clip_skip: int | None = None, layers: int = 12) -> None:
+    if clip_skip is not None and not 1 <= clip_skip <= layers:
+        raise ValueError(f"clip_skip must be from 1 to {layers}, not {clip_skip}")
     if not math.isfinite(cfg_scale):
         raise ValueError(f"cfg_scale must be a finite number, not {cfg_scale}")
     if not 0 < strength <= 1:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
-from sd import samplers, schedules
+from sd import prompts, samplers, schedules
 
 
 class UserError(Exception):
@@ -189,6 +189,12 @@ _ROWS = (
     Parameter("eta", Number(0, 1), "of samplers that draw noise: how much, {low} to {high} (the sampler's own)"),
     Parameter("s_noise", Number(0, 10), "of samplers that draw noise: its scale (1)"),
     Parameter("solver_order", Whole(1, 4), "of samplers with history: how much of it (the sampler's own)"),
+    Parameter(
+        "prompt_syntax",
+        Choice(prompts.SYNTAXES),
+        "weights: (text:1.3) counts 1.3 times; a1111 also (text) and [text]; plain none of it (weights)",
+    ),
+    Parameter("clip_skip", Whole(1, 12), "read the text from this layer from the end (1, the last)"),
     Parameter("init_image", Text(), "start from this picture instead of noise", metavar="FILE", file=True),
     Parameter(
         "strength",
@@ -268,9 +274,11 @@ def fast(given: Mapping[str, object]) -> dict[str, object]:
 
 
 def check_together(where: str, values: Mapping[str, object]) -> None:
-    """Whether the sampler takes its options and so many steps. Raises UserError that starts with where."""
+    """Whether the sampler takes its options and so many steps, and brackets in prompts make sense. Raises UserError."""
     try:
         samplers.choose(values["sampler"], {name: values.get(name) for name in samplers.OPTIONS})
         schedules.check(samplers.schedule_of(values["sampler"], values.get("schedule")), values["steps"])
+        for name in ("prompt", "negative_prompt"):
+            prompts.parse(values[name], values.get("prompt_syntax") or "weights")
     except ValueError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from None

@@ -44,6 +44,8 @@ def test_any_parameter_by_line(tmp_path):
         "schedule": "Karras",
         "eta": 0.5,
         "s_noise": 1,
+        "prompt_syntax": "a1111",
+        "clip_skip": 2,
         "init_image": "a.png",
         "strength": 0.5,
         "num_images": 2,
@@ -56,8 +58,8 @@ def test_any_parameter_by_line(tmp_path):
         (2, "a fox", 3, 10),
         (3, "b", 7, 102),
     ]
-    assert jobs[0].settings() == (3, 2.0, 64, 128, "euler_a", "karras", 0.5, 1.0, None, "a.png", 0.5)
-    assert jobs[2].settings()[2:] == (None, None, "ddpm", *[None] * 5, PARAMETERS["strength"].default)
+    assert jobs[0].settings() == (3, 2.0, 64, 128, "euler_a", "karras", 0.5, 1.0, None, "a1111", 2, "a.png", 0.5)
+    assert jobs[2].settings()[2:] == (None, None, "ddpm", *[None] * 7, PARAMETERS["strength"].default)
     assert jobs[2].where == f"{file} line 2"
 
 

@@ -1,0 +1,205 @@
+"""Prompts: which words count how much, and how more of them than the text encoder reads become one context.
+
+    plain     a prompt is its text; what the encoder cannot read is cut off, and told
+    weights   (text:1.3) counts 1.3 times, BREAK begins a new chunk, and a long prompt is read in chunks
+    a1111     beside these (text) counts 1.1 times, [text] 1 / 1.1, nested ones multiply
+
+A backslash makes a bracket a character: \\( \\) \\[ \\]. Weights are those of AUTOMATIC1111's web UI: the context of a
+token is multiplied by its weight, then all of the prompt's by one factor, so that its mean is what it was.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sd.tokenizer import Tokenizer
+
+SYNTAXES = ("weights", "a1111", "plain")
+COMMA_WITHIN = 20  # a chunk ends at a comma, if one is among its last so many tokens
+LARGEST = 10.0
+STEP = 1.1
+
+Piece = tuple[str, float]
+"""Text, and how much it counts."""
+
+BREAK = ("BREAK", -1.0)
+"""What stands between pieces for the end of a chunk."""
+
+# ---- text to pieces
+
+
+def parse(text: str, syntax: str = "weights") -> list[Piece]:
+    """The pieces of a prompt, with BREAK between those of different chunks; neighbours of one weight are one piece.
+
+    Raises ValueError for a syntax that is none, brackets without their other half where that means something, and
+    weights that are no number from -10 to 10.
+    """
+    if syntax not in SYNTAXES:
+        raise ValueError(f"no prompt syntax {syntax!r}; there are {', '.join(SYNTAXES)}")
+    if syntax == "plain":
+        return [(text, 1.0)]
+    pieces = _a1111(text) if syntax == "a1111" else _weights(text)
+    return list(_joined(piece for whole in pieces for piece in _broken(*whole)))
+
+
+_WEIGHTED = re.compile(r"(?<!\\)\(((?:\\.|[^()\\])*?):\s*([^():\s]+)\s*\)")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
+
+
+def _weights(text: str) -> Iterator[Piece]:
+    """`(text:number)` alone; any other bracket is a character."""
+    end = 0
+    for match in _WEIGHTED.finditer(text):
+        if not _NUMBER.fullmatch(match[2]):
+            continue
+        yield _unescaped(text[end : match.start()]), 1.0
+        yield _unescaped(match[1]), _weight(match[2])
+        end = match.end()
+    yield _unescaped(text[end:]), 1.0
+
+
+_TOKEN = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|[^\\()\[\]:]+|\\|:")
+
+
+def _a1111(text: str) -> list[Piece]:
+    """A stack of open brackets; what closes one multiplies all pieces since."""
+    pieces: list[Piece] = []
+    opened: list[tuple[str, int]] = []
+
+    def close(bracket: str, factor: float) -> None:
+        if not opened or opened[-1][0] != bracket:
+            raise ValueError(
+                f"a bracket is closed that is not open in the prompt {_shown(text)}; write \\{_OTHER[bracket]}"
+            )
+        _, start = opened.pop()
+        pieces[start:] = [(words, weight * factor) for words, weight in pieces[start:]]
+
+    for token in _TOKEN.findall(text):
+        if token in ("(", "["):
+            opened.append((token, len(pieces)))
+        elif token == ")":
+            close("(", STEP)
+        elif token == "]":
+            close("[", 1 / STEP)
+        elif token[0] == ":" and token[-1] == ")" and opened and opened[-1][0] == "(":
+            close("(", _weight(token[1:-1].strip()))
+        else:
+            pieces.append((token[1:] if token[0] == "\\" and len(token) == 2 else token, 1.0))
+    if opened:
+        raise ValueError(
+            f"the bracket {opened[-1][0]} is not closed in the prompt {_shown(text)}; write \\{opened[-1][0]}"
+        )
+    return [(words, _checked(weight)) for words, weight in pieces]
+
+
+_OTHER = {"(": ")", "[": "]"}
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([()\[\]])", r"\1", text)
+
+
+def _weight(text: str) -> float:
+    return _checked(float(text))
+
+
+def _checked(weight: float) -> float:
+    if not (math.isfinite(weight) and abs(weight) <= LARGEST):
+        raise ValueError(f"a weight in a prompt must be from -{LARGEST:g} to {LARGEST:g}, not {weight:g}")
+    return weight
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _broken(text: str, weight: float) -> Iterator[Piece]:
+    """A piece in parts, with BREAK between them, where the word stands alone in capitals."""
+    for i, part in enumerate(re.split(r"\s*\bBREAK\b\s*", text)):
+        if i:
+            yield BREAK
+        yield part, weight
+
+
+def _joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    last: Piece | None = None
+    for piece in pieces:
+        if not piece[0]:
+            continue
+        if last is not None and piece is not BREAK and last is not BREAK and piece[1] == last[1]:
+            last = last[0] + piece[0], last[1]
+            continue
+        if last is not None:
+            yield last
+        last = piece
+    if last is not None:
+        yield last
+
+
+# ---- pieces to tokens
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt as the encoder reads it: ids and weights of each chunk, its start and ends among them."""
+
+    ids: list[list[int]]
+    weights: list[list[float]]
+
+    @property
+    def weighted(self) -> bool:
+        return any(weight != 1.0 for row in self.weights for weight in row)
+
+
+def tokenize(text: str, tokenizer: Tokenizer, syntax: str = "weights", length: int = 77) -> Tokens:
+    """In chunks of `length`: 75 tokens between start and end, padded with ends. Raises ValueError as `parse` does."""
+    most = length - 2
+    comma = tokenizer.encode(",")[1]
+    chunks: list[list[tuple[int, float]]] = [[]]
+    for piece in parse(text, syntax):
+        if piece is BREAK:
+            chunks.append([])
+            continue
+        words, weight = piece
+        for token in tokenizer.encode(words)[1:-1]:
+            if len(chunks[-1]) == most:
+                chunks.append(_carried(chunks[-1], comma))
+            chunks[-1].append((token, weight))
+    start, end = tokenizer.start_id, tokenizer.end_id
+    ids = [[start, *(token for token, _ in chunk), *[end] * (most + 1 - len(chunk))] for chunk in chunks]
+    weights = [[1.0, *(weight for _, weight in chunk), *[1.0] * (most + 1 - len(chunk))] for chunk in chunks]
+    return Tokens(ids, weights)
+
+
+def _carried(full: list[tuple[int, float]], comma: int) -> list[tuple[int, float]]:
+    """What of a full chunk belongs to the next: the words after its last comma, where that is near its end."""
+    places = [i for i, (token, _) in enumerate(full) if token == comma]
+    if not places or len(full) - places[-1] - 1 > COMMA_WITHIN:
+        return []
+    carried = full[places[-1] + 1 :]
+    del full[places[-1] + 1 :]
+    return carried
+
+
+def padded(prompts: Sequence[Tokens], tokenizer: Tokenizer) -> list[Tokens]:
+    """All with as many chunks as the longest: empty ones at the end."""
+    most, length = max(len(one.ids) for one in prompts), len(prompts[0].ids[0])
+    empty = [tokenizer.start_id, *[tokenizer.end_id] * (length - 1)]
+    missing = [most - len(one.ids) for one in prompts]
+    return [
+        Tokens(one.ids + [empty] * count, one.weights + [[1.0] * length] * count)
+        for one, count in zip(prompts, missing, strict=True)
+    ]
+
+
+def weighted(context: Tensor, weights: Tensor) -> Tensor:
+    """context [S, C] times weights [S], then times what gives it the mean it had."""
+    scaled = context * weights[:, None].to(context)
+    return scaled * (context.float().mean() / scaled.float().mean()).to(context)
