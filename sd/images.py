@@ -28,6 +28,12 @@ def read_rgb(path: str | os.PathLike) -> Image.Image:
         return to_rgb(image)
 
 
+def read(path: str | os.PathLike) -> Image.Image:
+    """The picture in a file as it is, transparency too. Raises ValueError, naming the file."""
+    with _naming(path), Image.open(path, formats=FORMATS) as image:
+        return ImageOps.exif_transpose(image)
+
+
 def check_readable(path: str | os.PathLike) -> None:
     """Raise ValueError, naming the file, unless it begins as `read_rgb` expects; the pixels are not decoded."""
     with _naming(path), Image.open(path, formats=FORMATS):

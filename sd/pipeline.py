@@ -19,6 +19,7 @@ from sd.checkpoints.stamps import Stamp
 from sd.clip import CLIP
 from sd.config import Config
 from sd.ddpm import add_noise
+from sd.edits import Blend, latent_mask, mask_of, pasted
 from sd.guidance import Call, Guided
 from sd.images import from_pil, to_pil
 from sd.lora import Loras
@@ -202,6 +203,8 @@ class StableDiffusion:
         solver_order: int | None = None,
         prompt_syntax: str | None = None,
         clip_skip: int | None = None,
+        mask: Image.Image | None = None,
+        mask_blur: float = 0.0,
         latents: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> list[Image.Image]:
@@ -211,6 +214,8 @@ class StableDiffusion:
         height, width: pixels, multiples of `config.size_multiple`; None is the size that the model was trained at, or
             init_image's shape at about that area.
         init_image: start from this picture, noised by `strength` (over 0, up to 1: none of it is left).
+        mask: of init_image, white where it is drawn anew; elsewhere its own pixels stay. mask_blur: over so many pixels
+            one becomes the other.
         sampler, schedule: names of samplers.SAMPLERS and schedules.SCHEDULES, also as `DPM++ 2M Karras`; a schedule of
             None is the sampler's own. eta, s_noise, solver_order: what it takes beside, None for its own.
         prompt_syntax: "weights", in which (text:1.3) counts 1.3 times, "a1111" or "plain" (sd/prompts.py); None is the
@@ -224,6 +229,8 @@ class StableDiffusion:
         prompts, negatives, seeds = _broadcast(prompt, negative_prompt, seed)
         height, width = self._size(height, width, init_image)
         _check(cfg_scale, strength, clip_skip, self.config.text.layers)
+        if mask is not None and init_image is None:
+            raise ValueError("a mask says which part of a picture is drawn anew: give init_image too")
         asked_for = {"eta": eta, "s_noise": s_noise, "solver_order": solver_order}
         chosen, named = samplers.choose(sampler, asked_for), samplers.schedule_of(sampler, schedule)
         levels = schedules.make(named, steps)
@@ -231,16 +238,20 @@ class StableDiffusion:
         noise = PictureNoise(seeds, shape, self.device, torch.promote_types(self.dtype, torch.float32))
         with self._timed("text"):
             context = self.encode_prompts(prompts, negatives if cfg_scale != 1 else None, prompt_syntax, clip_skip)
+        blend = None
         if init_image is None:
             x = _given(latents, (len(prompts), *shape), noise) if latents is not None else noise()
         else:
             levels = levels.last(max(1, int(steps * strength)))
             with self._timed("encode"):
-                x = self._noised_image(init_image, height, width, noise, levels.abars[0])
+                x, blend = self._from_image(init_image, height, width, noise, levels, mask, strength)
         with self._timed("denoise"):
-            x = self.sample(x, context, cfg_scale, chosen, levels, noise, on_step)
+            x = self.sample(x, context, cfg_scale, chosen, levels, noise, on_step, blend)
         with self._timed("decode"):
             images = to_pil(self.decode(x))
+        if mask is not None:
+            shape_of = mask_of(mask, height, width)
+            images = [pasted(image, init_image, shape_of, mask_blur) for image in images]
         shared = {
             "steps": steps,
             "cfg_scale": cfg_scale,
@@ -254,6 +265,8 @@ class StableDiffusion:
         shared |= {"clip_skip": clip_skip} if clip_skip else {}
         if init_image is not None:
             shared["strength"] = strength
+        if mask is not None:
+            shared["mask_blur"] = mask_blur
         for image, *own in zip(images, prompts, negatives, seeds, strict=True):
             image.info.update(zip(("prompt", "negative_prompt", "seed"), own, strict=True), **shared)
         return images
@@ -293,12 +306,15 @@ class StableDiffusion:
         schedule: Schedule,
         noise: PictureNoise,
         on_step: OnStep | None = None,
+        blend: Blend | None = None,
     ) -> Tensor:
         """Denoise x [B, z, h, w] from the schedule's first level on -> clean latents of that shape, still scaled."""
         with self.call.sampling(schedule.timesteps, guided=cfg_scale != 1) as start_step:
             denoise = Guided(self.unet, context, cfg_scale, self.call)
             for i, x in enumerate(sampler(denoise, x, schedule, noise), start=1):  # noqa: B020
                 start_step(i)
+                if blend:
+                    blend(i, x)
                 if on_step:
                     on_step(i, len(schedule), x)
         return x
@@ -323,12 +339,29 @@ class StableDiffusion:
         vae.load_state_dict({name: weight.float() for name, weight in self.vae.state_dict().items()}, assign=True)
         return vae
 
-    def _noised_image(self, image: Image.Image, height: int, width: int, noise: PictureNoise, abar: float) -> Tensor:
-        """The picture's latents at a level, [B, z, h, w]: first the posterior's noise is drawn, then the step's."""
+    def _from_image(
+        self,
+        image: Image.Image,
+        height: int,
+        width: int,
+        noise: PictureNoise,
+        levels: Schedule,
+        mask: Image.Image | None,
+        strength: float,
+    ) -> tuple[Tensor, Blend | None]:
+        """The picture's latents at the first level, [B, z, h, w], and what keeps those that a mask leaves.
+
+        First the posterior's noise is drawn, then the level's. Of a part that is drawn anew as a whole nothing is left.
+        """
         pixels = from_pil(image, height, width).to(self.device, self.dtype)
         mean, logvar = (part.to(noise.dtype) for part in self.vae.encode(pixels))
         clean = (mean + (logvar / 2).exp() * noise()) * self.config.vae.scale_factor
-        return add_noise(clean, noise(), abar)
+        fresh = noise()
+        noised = add_noise(clean, fresh, levels.abars[0])
+        if mask is None:
+            return noised, None
+        repainted = latent_mask(mask_of(mask, height, width), self._downsampling).to(clean)
+        return fresh if strength == 1 else noised, Blend(levels, clean, fresh, repainted)
 
     @property
     def _downsampling(self) -> int:

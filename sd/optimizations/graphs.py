@@ -171,7 +171,11 @@ class GraphedLoop:
         schedule: Schedule,
         noise: PictureNoise,
         on_step: Callable[[int, int, Tensor], None] | None = None,
+        blend: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
+        if blend:  # a mask and a picture of their own: step by step
+            return self.sample(x, context, cfg_scale, sampler, schedule, noise, on_step, blend)
+
         def loop(x: Tensor, context: Tensor, draws: Tensor) -> list[Tensor]:
             steps: list[Tensor] = []
             self.sample(x, context, cfg_scale, sampler, schedule, Drawn(draws), lambda i, n, x: steps.append(x))
@@ -273,10 +277,10 @@ def async_noise(patch: Patch) -> None:
     """
 
     def sampling(sample: Callable) -> Callable:
-        def sample_async(x, context, cfg_scale, sampler, schedule, noise, on_step=None):
+        def sample_async(x, context, cfg_scale, sampler, schedule, noise, on_step=None, blend=None):
             # Within loop-graph the noise is drawn already.
             noise = AsyncNoise(noise) if isinstance(noise, PictureNoise) else noise
-            return sample(x, context, cfg_scale, sampler, schedule, noise, on_step)
+            return sample(x, context, cfg_scale, sampler, schedule, noise, on_step, blend)
 
         return sample_async
 

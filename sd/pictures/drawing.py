@@ -38,15 +38,16 @@ def draw_batch(
     init_image: "Image.Image | None" = None,
     origin: Mapping[str, object] | None = None,
     on_step: "OnStep | None" = None,
+    mask: "Image.Image | None" = None,
 ) -> "list[Image.Image]":
-    """One picture a job, all at once. The jobs share their settings; init_image is the picture of that parameter,
-    origin what is recorded of it.
+    """One picture a job, all at once. The jobs share their settings; init_image and mask are the pictures of those
+    parameters, origin what is recorded of them.
 
     Each has in `info` all that its PNG will say of it, but for the model and the machine.
     """
     own = {one.name: [getattr(job, one.name) for job in jobs] for one in recorded() if one.own}
     shared = {one.name: getattr(jobs[0], one.name) for one in recorded() if not one.own}
-    arguments = {**own, **shared, "init_image": init_image}
+    arguments = {**own, **shared, "init_image": init_image, "mask": mask}
     images = pipe.generate(arguments.pop("prompt"), **arguments, on_step=on_step)
     for place, (image, job) in enumerate(zip(images, jobs, strict=True)):
         image.info |= {**job.parameters(), **(origin or {}), "batch": [place, len(images)]}
@@ -118,7 +119,7 @@ class Drawing:
         return self._draw(batch)
 
     def _draw(self, batch: Sequence[Job]) -> "list[Image.Image]":
-        images = draw_batch(self.pipe, batch, self.init_image, self.origin, self.progress.step)
+        images = draw_batch(self.pipe, batch, self.init_image, self.origin, self.progress.step, self.mask)
         self.watch.add(self.pipe.times)
         return images
 
@@ -129,11 +130,18 @@ class Drawing:
         return read_rgb(self.like.init_image) if self.like.init_image else None
 
     @cached_property
+    def mask(self) -> "Image.Image | None":
+        from sd.images import read
+
+        return read(self.like.mask) if self.like.mask else None
+
+    @cached_property
     def origin(self) -> dict[str, str]:
         from sd.pictures.provenance import fingerprint
 
-        name = self.like.init_image
-        return {"init_image": name, "init_image_hash": fingerprint(name)} if name else {}
+        named = {name: getattr(self.like, name) for name in ("init_image", "mask")}
+        given = {name: file for name, file in named.items() if file}
+        return given | {f"{name}_hash": fingerprint(file) for name, file in given.items()}
 
 
 # ---- what is seen of it

@@ -203,6 +203,10 @@ _ROWS = (
         0.8,
         beside="init_image",
     ),
+    Parameter("mask", Text(), "of --init-image, white where it is drawn anew", metavar="FILE", file=True),
+    Parameter(
+        "mask_blur", Number(0, 1000), "pixels over which it goes over to what stays ({default})", 0.0, beside="mask"
+    ),
     Parameter(
         "num_images",
         Whole(1, 10**6),
@@ -276,6 +280,8 @@ def fast(given: Mapping[str, object]) -> dict[str, object]:
 def check_together(where: str, values: Mapping[str, object]) -> None:
     """Whether the sampler takes its options and so many steps, and brackets in prompts make sense. Raises UserError."""
     try:
+        if values.get("mask") and not values.get("init_image"):
+            raise ValueError("mask says which part of a picture is drawn anew: init_image names that picture")
         samplers.choose(values["sampler"], {name: values.get(name) for name in samplers.OPTIONS})
         schedules.check(samplers.schedule_of(values["sampler"], values.get("schedule")), values["steps"])
         for name in ("prompt", "negative_prompt"):

@@ -68,9 +68,9 @@ def loras_again(recorded: object, folder: Path) -> list[str]:
     return found
 
 
-def init_image_again(name: str, recorded: object, folder: Path) -> str:
-    """The init image of that name, in the working directory or the picture's folder. Raises ProvenanceError."""
+def file_again(option: str, name: str, recorded: object, folder: Path) -> str:
+    """The init image or mask of that name, in the working directory or the picture's folder. Raises ProvenanceError."""
     for path in (Path(name), folder / Path(name).name):
         if path.is_file() and fingerprint(path) == recorded:
             return str(path)
-    raise ProvenanceError(f"the picture was drawn from {name} ({recorded}); name that file with --init-image")
+    raise ProvenanceError(f"the picture was drawn from {name} ({recorded}); name that file with {option}")

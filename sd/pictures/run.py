@@ -9,7 +9,7 @@ from sd.pictures.files import left_to_draw, output_files
 from sd.pictures.model import DTYPES, ModelChoice
 from sd.pictures.parameters import UserError, checked, recorded
 from sd.pictures.plan import Entry, Picture, plan, read_prompts
-from sd.pictures.provenance import fingerprint, init_image_again, loras_again
+from sd.pictures.provenance import file_again, fingerprint, loras_again
 from sd.samplers import OPTIONS
 
 
@@ -58,9 +58,9 @@ def recalled(run: Run, model: ModelChoice) -> tuple[Run, ModelChoice, dict[str, 
     given = {name: value for name, value in run.parameters.items() if value is not None}
     if "sampler" in given:  # what was the other's is not this one's
         known = {name: value for name, value in known.items() if name not in ("schedule", *OPTIONS)}
-    if "init_image" in known and "init_image" not in given:
-        folder = run.from_png.parent
-        known["init_image"] = init_image_again(known["init_image"], said.get("init_image_hash"), folder)
+    for one in (one for one in recorded() if one.file and one.name in known and one.name not in given):
+        recorded_hash = said.get(f"{one.name}_hash")
+        known[one.name] = file_again(one.option, known[one.name], recorded_hash, run.from_png.parent)
     prompt = run.prompt or [known.pop("prompt")]
     place = None if run.batch_size else _place_in_batch(said.get("batch"))
     run = replace(run, prompt=prompt, parameters={**known, **given}, place=place)
@@ -119,13 +119,14 @@ def not_there_yet(pictures: list[Picture], run: Run, checkpoint: Path, model: Mo
 
 
 def check_init_images(pictures: Sequence[Picture]) -> None:
-    """That each is there and of a kind that can be read; the pixels are read when its turn comes. Raises UserError."""
-    if not (named := {job.init_image: job.where for job, _ in reversed(pictures) if job.init_image}):
-        return
-    from sd.images import check_readable
+    """That each, and each mask, is there and can be read; the pixels are read when its turn comes. Raises UserError."""
+    files = [one for one in recorded() if one.file]
+    named = {(getattr(job, one.name), one.option): job.where for job, _ in reversed(pictures) for one in files}
+    for (name, option), where in named.items():
+        if name:
+            from sd.images import check_readable
 
-    for name, where in named.items():
-        try:
-            check_readable(name)
-        except ValueError as error:
-            raise UserError(f"{where or '--init-image'}: {error}") from None
+            try:
+                check_readable(name)
+            except ValueError as error:
+                raise UserError(f"{where or option}: {error}") from None

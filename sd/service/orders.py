@@ -78,6 +78,8 @@ def read_order(body: bytes, limits: Limits, config: Config) -> Order:
     values = _json_object(body)
     upload = values.pop("init_image", None)
     try:
+        if named := [name for name in values if name in PARAMETERS and PARAMETERS[name].file]:
+            raise ValueError(f"{named[0]} names a file of this machine, and cannot be given here")
         given = _checked(values, limits)
         _check_size(given, limits, config)
         image, origin = (None, {}) if upload is None else _read_upload(upload)

@@ -204,7 +204,7 @@ def form(limits: Limits = Limits()) -> dict[str, dict]:  # noqa: B008 (frozen)
 
 def test_the_page_asks_for_what_the_command_line_takes():
     fields = form()
-    assert set(fields) == set(PARAMETERS) - {"init_image", "strength"}
+    assert set(fields) == set(PARAMETERS) - {"init_image", "strength", "mask", "mask_blur"}
     options, _ = inference.parse_arguments(["--prompt", "x"])
     [(job, _)] = pictures_of(options)
     for name in ("steps", "cfg_scale", "sampler"):

@@ -48,6 +48,8 @@ def test_any_parameter_by_line(tmp_path):
         "clip_skip": 2,
         "init_image": "a.png",
         "strength": 0.5,
+        "mask": "m.png",
+        "mask_blur": 3,
         "num_images": 2,
     }
     assert {*line, "solver_order"} == set(PARAMETERS)  # which no sampler takes beside eta
@@ -58,8 +60,9 @@ def test_any_parameter_by_line(tmp_path):
         (2, "a fox", 3, 10),
         (3, "b", 7, 102),
     ]
-    assert jobs[0].settings() == (3, 2.0, 64, 128, "euler_a", "karras", 0.5, 1.0, None, "a1111", 2, "a.png", 0.5)
-    assert jobs[2].settings()[2:] == (None, None, "ddpm", *[None] * 7, PARAMETERS["strength"].default)
+    own = ("euler_a", "karras", 0.5, 1.0, None, "a1111", 2, "a.png", 0.5, "m.png", 3.0)
+    assert jobs[0].settings() == (3, 2.0, 64, 128, *own)
+    assert jobs[2].settings()[2:] == (None, None, "ddpm", *[None] * 7, PARAMETERS["strength"].default, None, 0.0)
     assert jobs[2].where == f"{file} line 2"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sd.pictures.provenance import BLOCK, BLOCKS, ProvenanceError, checkpoint_again, fingerprint, init_image_again
+from sd.pictures.provenance import BLOCK, BLOCKS, ProvenanceError, checkpoint_again, file_again, fingerprint
 
 
 def test_any_file_that_differs_in_a_sampled_block_or_in_size_is_another(tmp_path):
@@ -40,6 +40,6 @@ def test_what_a_picture_names_is_found_by_its_bytes(tmp_path):
     assert checkpoint_again("a.ckpt", fingerprint(wanted), [other, wanted]) == wanted
     with pytest.raises(ProvenanceError, match=r"the checkpoint a\.ckpt .* name it with --ckpt"):
         checkpoint_again("a.ckpt", fingerprint(wanted), [other, Path("missing")])
-    assert init_image_again("elsewhere/a.ckpt", fingerprint(wanted), tmp_path) == str(wanted)
+    assert file_again("--init-image", "elsewhere/a.ckpt", fingerprint(wanted), tmp_path) == str(wanted)
     with pytest.raises(ProvenanceError, match="name that file with --init-image"):
-        init_image_again("b.ckpt", fingerprint(wanted), tmp_path)
+        file_again("--init-image", "b.ckpt", fingerprint(wanted), tmp_path)

@@ -250,6 +250,7 @@ def picture(width: int, height: int) -> str:
         ({"prompt": "x", "seed": -1}, "seed must be from 0"),
         ({"prompt": "x", "seed": 2**63 - 1, "num_images": 2}, "seed must be from 0"),
         ({"prompt": "x", "sampler": "magic"}, "there are ddpm, ddim"),
+        ({"prompt": "x", "init_image": "", "mask": "/etc/hostname"}, "mask names a file of this machine"),
         ({"prompt": "x", "strength": 2}, "strength must be over 0"),
         ({"prompt": "x", "step": 3}, "no parameter 'step'"),
         ({"prompt": "x", "init_image": 3}, "in base64"),
