@@ -5,7 +5,8 @@
     a1111     beside these (text) counts 1.1 times, [text] 1 / 1.1, nested ones multiply
 
 A backslash makes a bracket a character: \\( \\) \\[ \\]. Weights are those of AUTOMATIC1111's web UI: the context of a
-token is multiplied by its weight, then all of the prompt's by one factor, so that its mean is what it was.
+token is multiplied by its weight, then all of the prompt's by one factor, so that its mean is what it was, unless it
+is next to nothing, as that of the demo model.
 """
 
 from __future__ import annotations
@@ -199,7 +200,14 @@ def padded(prompts: Sequence[Tokens], tokenizer: Tokenizer) -> list[Tokens]:
     ]
 
 
+NO_MEAN = 0.02
+"""Of the deviation. SD 1.5's contexts have a mean of a tenth of it; a mean of nothing cannot be given back."""
+
+
 def weighted(context: Tensor, weights: Tensor) -> Tensor:
-    """context [S, C] times weights [S], then times what gives it the mean it had."""
+    """context [S, C] times weights [S], then times what gives it the mean it had, if it had one."""
     scaled = context * weights[:, None].to(context)
-    return scaled * (context.float().mean() / scaled.float().mean()).to(context)
+    before, after = context.float().mean(), scaled.float().mean()
+    if min(abs(before), abs(after)) < NO_MEAN * context.float().std():
+        return scaled
+    return scaled * (before / after).to(context)

@@ -166,12 +166,17 @@ def test_chunks_one_after_the_other(pipe, text):
 
 
 @torch.no_grad()
-def test_weights_keep_the_mean(pipe):
+@pytest.mark.parametrize("mean", [0.3, 0.0])
+def test_weights_keep_the_mean_where_there_is_one(mean):
+    pipe = tiny_pipeline()
+    norm = pipe.clip.final_layer_norm
+    norm.bias += mean - norm.bias.mean()
+    norm.weight.fill_(1)
     text = "a (red:1.4) fox, (blurry:0.3)"
     read = tokenize(text, OURS)
     plain = chunk_by_chunk(pipe, read.ids).double()
     scaled = plain * torch.tensor(read.weights, dtype=torch.float64).flatten()[:, None]
-    expected = scaled * plain.mean() / scaled.mean()
+    expected = scaled * plain.mean() / scaled.mean() if mean else scaled
     context = pipe.encode_prompts([text], None)[0]
     assert relative_error(context, expected) < 1e-5
     assert relative_error(context, plain) > 1e-3
