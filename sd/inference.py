@@ -6,6 +6,7 @@ Only the standard library is imported before the arguments are read, so that --h
 import argparse
 import logging
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
+RANDOM_SEED = -1  # what other programs call no seed
 
 
 def leave(signum: int, frame: object) -> None:
@@ -48,6 +50,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Run, ModelChoice]:
     args = _parser().parse_args(argv)
     given = {one.name: getattr(args, one.name) for one in parameters.flags()}
     given = parameters.fast(given) if args.fast else given
+    if given["seed"] == RANDOM_SEED:
+        given["seed"] = secrets.randbelow(2**32)
     return options(Run, args, parameters=given, place=None), options(ModelChoice, args)
 
 
@@ -62,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Draw pictures from prompts with Stable Diffusion 1.5.",
         epilog="Parameters of a .jsonl line win over these options, which win over those of --from-png.",
     )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
     _add_sources(parser.add_argument_group("what to draw (one of these)").add_argument)
     picture = parser.add_argument_group("the picture").add_argument
     parameters.add_options(picture)
@@ -79,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_sources(add: Callable[..., object]) -> None:
-    add("--prompt", action="append", metavar="TEXT", help="a prompt; repeat it for more pictures")
+    add("-p", "--prompt", action="append", metavar="TEXT", help="a prompt; repeat it for more pictures")
     add(
         "--prompts-file",
         type=Path,
@@ -94,6 +99,7 @@ def _add_sources(add: Callable[..., object]) -> None:
 
 def _add_output(add: Callable[..., object]) -> None:
     add(
+        "-o",
         "--out",
         default="output.png",
         metavar="FILE",
@@ -115,6 +121,9 @@ def run(asked: Run, model: ModelChoice) -> None:
     """Read, check, load, draw, save. Raises UserError for what the caller got wrong."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sd").setLevel(logging.INFO)
+    if asked.version:
+        print(version())
+        return
     if asked.list_opts or asked.list_samplers:
         print("\n\n".join(_listings(asked)))
         return
@@ -153,6 +162,16 @@ def save_quantized(pipe: "StableDiffusion", path: Path) -> None:
     from sd.optimizations import quantized_files
 
     quantized_files.save_quantized(pipe, path)
+
+
+def version() -> str:
+    """That of the checkout, or of the package that is installed."""
+    import importlib.metadata
+    import tomllib
+
+    if (project := ROOT / "pyproject.toml").is_file():
+        return tomllib.loads(project.read_text())["project"]["version"]
+    return importlib.metadata.version("sd")
 
 
 def _listings(asked: Run) -> Iterator[str]:

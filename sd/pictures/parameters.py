@@ -130,6 +130,7 @@ class Parameter:
     recorded: a picture's PNG says it. What does not say how one picture looks, is not.
     file: it names a file of this machine; the service takes the file's bytes.
     beside: another parameter, without which this one says nothing.
+    short: its one-letter option.
     """
 
     name: str
@@ -144,6 +145,7 @@ class Parameter:
     recorded: bool = True
     file: bool = False
     beside: str | None = None
+    short: str | None = None
 
     @property
     def option(self) -> str:
@@ -162,7 +164,9 @@ class Parameter:
 
 _ROWS = (
     Parameter("prompt", Text(), "what to draw", limit="max_prompt", flag=False, own=True),
-    Parameter("negative_prompt", Text(), "what the picture should not show", "", limit="max_prompt", own=True),
+    Parameter(
+        "negative_prompt", Text(), "what the picture should not show", "", limit="max_prompt", own=True, short="-n"
+    ),
     Parameter("steps", Whole(1, 1000), "denoising steps, {low} to {high} ({default})", 50, limit="max_steps"),
     Parameter(
         "cfg_scale", Number(-1000, 1000), "guidance ({default}); 1 turns it off, twice as fast", 7.5, label="Guidance"
@@ -170,8 +174,9 @@ _ROWS = (
     Parameter(
         "seed",
         Whole(0, 2**63 - 1, "2**63 - 1"),
-        "the first picture's, counting up (drawn at random; prompts file: 0)",
+        "the first picture's, counting up; -1 is random (drawn at random; prompts file: 0)",
         own=True,
+        short="-s",
     ),
     Parameter("height", Whole(1, 2**16), "(the model's own: 512 for SD 1.5)", limit="max_side", metavar="PIXELS"),
     Parameter("width", Whole(1, 2**16), "(the model's own)", limit="max_side", metavar="PIXELS"),
@@ -241,7 +246,8 @@ def add_options(add: Callable[..., object]) -> None:
         check = parameter.check
         options = {"choices": check.options} if type(check) is Choice else {"type": check.kind}
         metavar = parameter.metavar or check.metavar
-        add(parameter.option, metavar=metavar, help=parameter.described().replace("%", "%%"), **options)
+        names = [name for name in (parameter.short, parameter.option) if name]
+        add(*names, metavar=metavar, help=parameter.described().replace("%", "%%"), **options)
 
 
 def check_parameter(name: str, value: object) -> object:

@@ -1,16 +1,19 @@
 """One run of the command line: what it is asked to draw, and the pictures that this comes to. No model, no torch."""
 
+import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sd.pictures.files import left_to_draw, output_files
 from sd.pictures.model import DTYPES, ModelChoice
-from sd.pictures.parameters import UserError, checked, recorded
-from sd.pictures.plan import Entry, Picture, plan, read_prompts
+from sd.pictures.parameters import PARAMETERS, UserError, checked, recorded
+from sd.pictures.plan import Entry, Job, Picture, plan, read_prompts
 from sd.pictures.provenance import file_again, fingerprint, loras_again
 from sd.samplers import OPTIONS
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Run:
     save_quantized: Path | None = None
     list_opts: bool = False
     list_samplers: bool = False
+    version: bool = False
     explain: bool = False
     place: tuple[int, int] | None = None
 
@@ -98,8 +102,19 @@ def pictures_of(run: Run) -> list[Picture]:
     shared = checked("", run.parameters)
     first_seed = shared.pop("seed", 0 if run.prompts_file else secrets.randbelow(2**32))
     jobs = plan(_entries(run), shared, first_seed)
+    for line in ignored(run.parameters, jobs):
+        log.warning("%s", line)
     files = output_files(run.out, jobs, many=len(jobs) > 1 or run.prompts_file is not None)
     return list(zip(jobs, files, strict=True))
+
+
+def ignored(given: Mapping[str, object], jobs: Sequence[Job]) -> Iterator[str]:
+    """Of what was given for all pictures, what changes none of them, and why."""
+    for one in (PARAMETERS[name] for name, value in given.items() if value is not None):
+        if one.beside and all(getattr(job, one.beside) is None for job in jobs):
+            yield f"{one.option} changes nothing without {PARAMETERS[one.beside].option}"
+    if given.get("negative_prompt") and all(job.cfg_scale == 1 for job in jobs):
+        yield "--negative-prompt changes nothing where --cfg-scale is 1"
 
 
 def _entries(run: Run) -> list[Entry]:

@@ -68,7 +68,7 @@ def refused(folder, capfd):
         (["--width", "32"], "nearest: height 64, width 64"),
         (["--height", "0"], "height must be from 1"),
         (["--height", "-64"], "height must be from 1"),
-        (["--seed", "-1"], "seed must be from 0 to 2**63 - 1, not -1"),
+        (["--seed", "-2"], "seed must be from 0 to 2**63 - 1, not -2"),
         (["--seed", str(2**63)], "seed must be from 0 to 2**63 - 1"),
         (["--seed", str(2**63 - 1), "--num-images", "2"], "seed must be from 0 to 2**63 - 1"),
         (["--num-images", "0"], "num_images must be from 1"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,41 @@ def test_help_needs_no_torch():
     result = subprocess.run([sys.executable, "-c", code], cwd=PROGRAM.parent.parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "--prompts-file" in result.stdout
+
+
+def test_short_options_are_the_long_ones(draw):
+    draw("-p", "x", "-n", "y", "-s", 7, "-o", "a.png", "--steps", 1)
+    draw("--prompt", "x", "--negative-prompt", "y", "--seed", 7, "--out", "b.png", "--steps", 1)
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_a_seed_of_minus_one_is_random(draw):
+    for name in ("a.png", "b.png"):
+        draw("--prompt", "x", "--steps", 1, "--seed", -1, "--out", name)
+    seeds = [read_parameters(name)["seed"] for name in ("a.png", "b.png")]
+    assert seeds[0] != seeds[1]
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--strength", 0.5], "--strength changes nothing without --init-image"),
+        (["--mask-blur", 2], "--mask-blur changes nothing without --mask"),
+        (["--cfg-scale", 1, "-n", "blurry"], "--negative-prompt changes nothing where --cfg-scale is 1"),
+        (["-n", "blurry"], None),
+    ],
+)
+def test_what_changes_nothing_is_said(draw, caplog, arguments, line):
+    draw("--prompt", "x", "--steps", 1, *arguments)
+    said = [record.getMessage() for record in caplog.records if "changes nothing" in record.getMessage()]
+    assert said == ([line] if line else [])
+
+
+def test_version():
+    result = subprocess.run([sys.executable, PROGRAM, "--version"], capture_output=True, text=True)
+    project = tomllib.loads((PROGRAM.parent.parent / "pyproject.toml").read_text())["project"]
+    assert (result.returncode, result.stdout.strip()) == (0, project["version"])
 
 
 # ---- several pictures
