@@ -121,7 +121,7 @@ def test_fused_blocks_call_the_convolutions_that_other_switches_put_there():
 
 
 @interpreted
-@pytest.mark.parametrize("name", sparing(FUSED, lambda name: name == "fused-norm"))
+@pytest.mark.parametrize("name", sparing([*FUSED, "split-conv"], lambda name: name == "fused-norm"))
 def test_undo(name):
     from sd import optimizations
     from sd.pipeline import StableDiffusion

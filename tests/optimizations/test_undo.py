@@ -56,7 +56,7 @@ def draw(pipe: StableDiffusion) -> np.ndarray:
 
 
 def needs_triton(name: str) -> bool:
-    return name.startswith("fused")
+    return name.startswith("fused") or name == "split-conv"
 
 
 CHAIN = "channels-last,packed-qkv,kv-cache,time-cache,deepcache=2,fp16"
