@@ -5,6 +5,7 @@ after each step the latents of what stays are those of the given picture, noised
 the end its own pixels are put back where the mask is black, so that they are not even decoded anew.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,9 +51,13 @@ class Blend:
         x.copy_(torch.lerp(kept, x, self.mask))
 
 
-def pasted(drawn: Image.Image, original: Image.Image, mask: Image.Image, blur: float = 0.0) -> Image.Image:
-    """The drawn picture where the mask is white, else the original; over `blur` pixels one becomes the other."""
-    original = to_rgb(original)
-    if original.size != drawn.size:
-        original = original.resize(drawn.size, Image.Resampling.LANCZOS)
-    return Image.composite(drawn, original, mask.filter(ImageFilter.GaussianBlur(blur)) if blur else mask)
+def pasted(
+    drawn: Sequence[Image.Image], original: Image.Image, mask: Image.Image, blur: float = 0.0
+) -> list[Image.Image]:
+    """The drawn pictures where the mask is white, else the original; over `blur` pixels one becomes the other."""
+    width, height = drawn[0].size
+    shape, original = mask_of(mask, height, width), to_rgb(original)
+    if original.size != (width, height):
+        original = original.resize((width, height), Image.Resampling.LANCZOS)
+    edge = shape.filter(ImageFilter.GaussianBlur(blur)) if blur else shape
+    return [Image.composite(image, original, edge) for image in drawn]

@@ -250,23 +250,17 @@ class StableDiffusion:
         with self._timed("decode"):
             images = to_pil(self.decode(x))
         if mask is not None:
-            shape_of = mask_of(mask, height, width)
-            images = [pasted(image, init_image, shape_of, mask_blur) for image in images]
-        shared = {
-            "steps": steps,
-            "cfg_scale": cfg_scale,
-            "sampler": chosen.name,
-            "height": height,
-            "width": width,
+            images = pasted(images, init_image, mask, mask_blur)
+        size = {"height": height, "width": width}
+        shared = {"steps": steps, "cfg_scale": cfg_scale, "sampler": chosen.name, **size, **dict(chosen.options)}
+        where_given = {
+            "schedule": named if schedule or named != chosen.method.schedule else None,
+            "prompt_syntax": prompt_syntax,
+            "clip_skip": clip_skip,
+            "strength": None if init_image is None else strength,
+            "mask_blur": None if mask is None else mask_blur,
         }
-        own = schedule is None and named == chosen.method.schedule
-        shared |= dict(chosen.options) | ({} if own else {"schedule": named})
-        shared |= {"prompt_syntax": prompt_syntax} if prompt_syntax else {}
-        shared |= {"clip_skip": clip_skip} if clip_skip else {}
-        if init_image is not None:
-            shared["strength"] = strength
-        if mask is not None:
-            shared["mask_blur"] = mask_blur
+        shared |= {name: value for name, value in where_given.items() if value is not None}
         for image, *own in zip(images, prompts, negatives, seeds, strict=True):
             image.info.update(zip(("prompt", "negative_prompt", "seed"), own, strict=True), **shared)
         return images

@@ -86,7 +86,7 @@ def test_masks_of_any_kind():
 
 def test_blur_goes_over_to_what_stays():
     drawn, original = Image.new("RGB", (SIDE, SIDE), "white"), Image.new("RGB", (SIDE, SIDE))
-    hard, soft = (np.asarray(edits.pasted(drawn, original, mask(), blur))[24, :, 0] for blur in (0, 4))
+    hard, soft = (np.asarray(edits.pasted([drawn], original, mask(), blur)[0])[24, :, 0] for blur in (0, 4))
     assert set(hard) == {0, 255}
     assert len(set(soft)) > 8
     assert soft[32] > 240
