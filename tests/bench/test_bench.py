@@ -273,8 +273,8 @@ def recompiling(patch: Patch) -> None:
     sample = patch.pipe.sample
     scale = torch.compile(lambda x, steps: x * steps / steps, backend="eager", dynamic=False)
 
-    def sample_scaled(x, context, cfg_scale, sampler, timesteps, noise, on_step=None):
-        return sample(scale(x, len(timesteps)), context, cfg_scale, sampler, timesteps, noise, on_step)
+    def sample_scaled(x, context, cfg_scale, sampler, schedule, *more):
+        return sample(scale(x, len(schedule)), context, cfg_scale, sampler, schedule, *more)
 
     patch.around("sample", lambda sample: sample_scaled)
 
