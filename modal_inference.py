@@ -407,7 +407,8 @@ def draw_prompt(pictures: Sequence[Picture], function: modal.Function, ckpt: str
     """Draw them in one container and write them."""
     job, _ = pictures[0]
     values = {**job.values, "num_images": len(pictures)}
-    asked = {one.option: values[one.name] for one in (parameters.PARAMETERS["prompt"], *portable())}
+    said = (one for one in portable() if one.beside is None or values[one.beside] is not None)
+    asked = {one.option: values[one.name] for one in (parameters.PARAMETERS["prompt"], *said)}
     flags = [f"{option}={value}" for option, value in {**asked, "--opt": opt}.items() if value is not None]
     pngs, error = function.remote(ckpt, flags)
     if error:

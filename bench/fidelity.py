@@ -70,6 +70,7 @@ def draw(
     sampler: str = "ddpm",
     batch: int = 4,
     size: int | None = None,
+    schedule: str | None = None,
 ) -> Drawing:
     """Draw PROMPTS with seeds 0, 1, ... in batches, at the model's own size if none is given.
 
@@ -80,6 +81,7 @@ def draw(
         "steps": steps,
         "cfg_scale": cfg_scale,
         "sampler": sampler,
+        "schedule": schedule,
         "height": size or None,
         "width": size or None,
     }
@@ -105,9 +107,9 @@ def _draw_batch(
     finals: list[Tensor] = []
     decode = pipe.decode
 
-    def keep(x: Tensor) -> Tensor:
+    def keep(x: Tensor, *tile: int | None) -> Tensor:
         finals.append(x.float().cpu().clone())
-        return decode(x)
+        return decode(x, *tile)
 
     pipe.decode = keep
     try:

@@ -56,8 +56,7 @@ class Judge:
         return self.draw(self.plain, PLAIN)
 
     def draw(self, pipe: StableDiffusion, row: Row) -> Drawing:
-        steps = int(row.knob("steps", self.settings.fidelity_steps))
-        return fidelity.draw(pipe, steps, sampler=row.knob("sampler", self.settings.sampler))
+        return fidelity.draw(pipe, **row.sampling(self.settings.fidelity_steps, self.settings.sampler))
 
     def measure(self, row: Row) -> Fidelity:
         """Raises what the row's optimizations raise. RERUN is the plain pipeline against itself: the noise floor."""

@@ -28,7 +28,7 @@ from bench.reference.numbers import noise
 from sd import optimizations
 from sd.config import Config
 from sd.ddpm import predict_x0
-from sd.guidance import Guided
+from sd.guidance import Conditions, Guided
 from sd.kernels import native
 from sd.kernels.allocator import freed_memory_kept
 from sd.pipeline import StableDiffusion
@@ -182,7 +182,7 @@ def glimpse(pipe: StableDiffusion, size: int) -> Tensor:
     """
     side, abar = size // pipe.config.vae.downsampling, alphas_cumprod()[FIRST_TIMESTEP]
     x = noise(1, pipe.config.vae.z_channels, side, side, seed=SEED) * (1 - abar) ** 0.5
-    denoise = Guided(pipe.unet, pipe.encode_prompts([PROMPT], [""]), SCALE)
+    denoise = Guided(pipe.unet, Conditions(pipe.encode_prompts([PROMPT], [""]), SCALE))
     x0 = predict_x0(x, denoise(x, torch.tensor(FIRST_TIMESTEP)), abar)
     return ((pipe.decode(x0)[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).round()
 

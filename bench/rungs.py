@@ -8,14 +8,15 @@ import torch
 
 from sd import optimizations
 
-KNOBS = ("steps", "sampler")
+KNOBS = ("steps", "sampler", "sampling")
 
 
 @dataclass(frozen=True)
 class Row:
     """One rung: its name in the table, and everything that is on.
 
-    `names` are optimizations of sd.optimizations and the ladder's own knobs, `steps=N` and `sampler=NAME`.
+    `names` are optimizations of sd.optimizations and the ladder's own knobs, `steps=N`, `sampler=NAME` and
+    `sampling=NAME:SCHEDULE:STEPS`, which says all three.
     """
 
     label: str
@@ -29,8 +30,13 @@ class Row:
     def optimizations(self) -> list[str]:
         return [name for name in self.names if _family(name) not in KNOBS]
 
-    def knob(self, knob: str, default: str | int) -> str:
-        return next((name.partition("=")[2] for name in self.names if _family(name) == knob), str(default))
+    def sampling(self, steps: int, sampler: str) -> dict[str, str | int | None]:
+        """What `generate` is given: of its knobs, else these."""
+        given = {_family(name): name.partition("=")[2] for name in self.names if _family(name) in KNOBS}
+        if "sampling" in given:
+            sampler, schedule, steps = given["sampling"].split(":")
+            return {"sampler": sampler, "schedule": schedule, "steps": int(steps)}
+        return {"sampler": given.get("sampler", sampler), "schedule": None, "steps": int(given.get("steps", steps))}
 
     @property
     def exact(self) -> bool:

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import common
 from bench.reference.numbers import relative_error
 from sd.config import Config
+from sd.guidance import Conditions
 from sd.noise import PictureNoise
 from sd.optimizations import quantization
 from sd.pipeline import StableDiffusion, default_device
@@ -96,8 +97,8 @@ class Bench:
         config = self.pipe.config
         side = self.damage_size // config.vae.downsampling
         noise = PictureNoise([0], (config.vae.z_channels, side, side), self.pipe.device, torch.float32)
-        context = self.pipe.encode_prompts([PROMPT], [""])
-        return self.pipe.sample(noise(), context, 7.5, choose("ddim"), leading(self.steps), noise)
+        conditions = Conditions(self.pipe.encode_prompts([PROMPT], [""]), 7.5)
+        return self.pipe.sample(noise(), conditions, choose("ddim"), leading(self.steps), noise)
 
     def times(self, scheme: str, plain: nn.Module, quantized: nn.Module, shapes: Shapes) -> tuple[float, float]:
         """Median seconds of a call of the plain and of the quantized layer."""

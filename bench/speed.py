@@ -85,10 +85,11 @@ def draw_once(
     pipe: StableDiffusion, settings: Settings, row: Row, seed: int = 0, cfg_scale: float = 7.5, fewer_steps: int = 0
 ) -> Seconds:
     """Draw as many pictures as a batch holds, as a caller would."""
-    steps = max(1, int(row.knob("steps", settings.steps)) - fewer_steps)
+    sampling = row.sampling(settings.steps, settings.sampler)
+    steps = sampling["steps"] = max(1, sampling["steps"] - fewer_steps)
     prompts = [fidelity.PROMPTS[(seed + i) % len(fidelity.PROMPTS)] for i in range(settings.batch)]
-    options = {"height": settings.size, "width": settings.size, "sampler": row.knob("sampler", settings.sampler)}
-    draw = lambda: pipe.generate(prompts, seed=seed, steps=steps, cfg_scale=cfg_scale, **options)  # noqa: E731
+    options = {"height": settings.size, "width": settings.size, "cfg_scale": cfg_scale, **sampling}
+    draw = lambda: pipe.generate(prompts, seed=seed, **options)  # noqa: E731
     picture = common.timed(draw, pipe.device)
     return Seconds(picture, pipe.times["denoise"] / steps)
 

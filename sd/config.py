@@ -39,6 +39,11 @@ class UNetConfig:
     norm_groups: int = 32
 
     @property
+    def inpaints(self) -> bool:
+        """Whether it takes a mask and the latents of what stays after the noisy ones: 4 + 1 + 4 channels for 4."""
+        return self.in_channels == 2 * self.out_channels + 1
+
+    @property
     def downsampling(self) -> int:
         """How many latent pixels become one at the lowest level; latents must be divisible by it."""
         return 2 ** (len(self.channel_mult) - 1)

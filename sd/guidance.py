@@ -15,6 +15,24 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A network: predict(x [B, C, H, W], t [], context [B, S, C]) -> the noise in x."""
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What the network is told beside latents and timestep.
+
+    context: [2B, S, C], the unconditional half first, then the conditional one; at scale 1 it is only that, [B, S, C].
+    scale: of the guidance. by_step: the context of each step, where it changes; where it stays, the same object.
+    beside: channels that the network takes after those of the latents, [1 or B, c, H, W].
+    """
+
+    context: Tensor
+    scale: float
+    by_step: tuple[Tensor, ...] = ()
+    beside: Tensor | None = None
+
+    def context_at(self, step: int) -> Tensor:
+        return self.by_step[min(step, len(self.by_step) - 1)] if self.by_step else self.context
+
+
 @dataclass
 class Call:
     """Where in a picture the network is called: the one record of it, kept on the host.
@@ -59,26 +77,29 @@ class Call:
 class Guided:
     """A denoiser with classifier-free guidance (Ho and Salimans 2022): uncond + scale * (cond - uncond).
 
-    `predict(x, t, context)` is the network. `context` [2B, S, C] holds the unconditional half first, then the
-    conditional one, and both go through the network in one call; at scale 1 it is only the conditional half, [B, S, C].
-    The network runs in context's dtype, the guidance in x's. `call` is told that the halves are alike.
+    `predict(x, t, context)` is the network; both halves of the context go through it in one call. It runs in the
+    context's dtype, the guidance in x's. `call` says which step it is, and is told that the halves are alike.
     """
 
-    def __init__(self, predict: Predict, context: Tensor, scale: float, call: Call | None = None):
+    def __init__(self, predict: Predict, conditions: Conditions, call: Call | None = None):
         self.predict = predict
-        self.context = context
-        self.scale = scale
+        self.conditions = conditions
         self.call = call or Call()
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Latents x [B, C, H, W] at timestep t -> the noise in them, [B, C, H, W] in x's dtype."""
         t = torch.full((), t, device=x.device)  # filled there: a copy would make the host wait
-        if self.scale == 1:
-            return self.predict(x.to(self.context.dtype), t, self.context).to(x.dtype)
-        both = torch.cat([x, x]).to(self.context.dtype)
+        scale, context = self.conditions.scale, self.conditions.context_at(self.call.step)
+        given = self._with_beside(x).to(context.dtype)
+        if scale == 1:
+            return self.predict(given, t, context).to(x.dtype)
         with self.call.halves(alike=True):
-            uncond, cond = self.predict(both, t, self.context).to(x.dtype).chunk(2)
-        return uncond + self.scale * (cond - uncond)
+            uncond, cond = self.predict(torch.cat([given, given]), t, context).to(x.dtype).chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    def _with_beside(self, x: Tensor) -> Tensor:
+        beside = self.conditions.beside
+        return x if beside is None else torch.cat([x, beside.expand(len(x), -1, -1, -1).to(x)], dim=1)
 
 
 def from_velocity(denoise: Denoise, abar_at: Callable[[float], float]) -> Denoise:

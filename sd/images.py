@@ -69,12 +69,15 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((array.clip(0, full) / full * 255).round().astype("uint8"))
 
 
+def resized(image: Image.Image, height: int, width: int) -> Image.Image:
+    """At this size, by Lanczos where it has another."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def from_pil(image: Image.Image, height: int, width: int) -> "Tensor":
     """A picture of any size and mode -> [1, 3, height, width] in [-1, 1], resized (Lanczos) if need be."""
     import torch
 
-    image = to_rgb(image)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    image = resized(to_rgb(image), height, width)
     array = np.asarray(image, dtype=np.float32) / 255
     return torch.from_numpy(array).permute(2, 0, 1)[None] * 2 - 1

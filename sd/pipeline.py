@@ -1,12 +1,12 @@
 """From a prompt to a picture: prompt -> tokens -> context -> sampler over the UNet -> latents -> VAE -> picture."""
 
 import logging
-import math
 import os
-import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,15 +18,18 @@ from sd import model_loader, samplers, schedules
 from sd.checkpoints.stamps import Stamp
 from sd.clip import CLIP
 from sd.config import Config
-from sd.ddpm import add_noise
-from sd.edits import Blend, latent_mask, mask_of, pasted
-from sd.guidance import Call, Guided
-from sd.images import from_pil, to_pil
+from sd.edits import Edit, edit, larger_size, outpainted_size, outpainting, same_shape, sides
+from sd.guidance import Call, Conditions, Guided
+from sd.images import to_pil
 from sd.lora import Loras
 from sd.noise import PictureNoise
+from sd.prompt_steps import over_steps
 from sd.prompts import padded, tokenize, weighted
+from sd.request import broadcast, check_numbers, given_latents, one_each
 from sd.samplers import Sampler
 from sd.schedules import Schedule
+from sd.start import Blend, Start, for_inpainting, from_picture
+from sd.tiles import in_tiles
 from sd.tokenizer import Tokenizer
 from sd.unet import UNet
 from sd.vae import VAE
@@ -195,7 +198,7 @@ class StableDiffusion:
         height: int | None = None,
         width: int | None = None,
         sampler: str = "ddpm",
-        init_image: Image.Image | None = None,
+        init_image: Image.Image | Sequence[Image.Image] | None = None,
         strength: float = 0.8,
         schedule: str | None = None,
         eta: float | None = None,
@@ -203,8 +206,13 @@ class StableDiffusion:
         solver_order: int | None = None,
         prompt_syntax: str | None = None,
         clip_skip: int | None = None,
-        mask: Image.Image | None = None,
+        mask: Image.Image | Sequence[Image.Image] | None = None,
         mask_blur: float = 0.0,
+        mask_invert: bool = False,
+        mask_padding: int | None = None,
+        outpaint: str | Sequence[int] | None = None,
+        hires: float | None = None,
+        hires_strength: float = 0.5,
         latents: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> list[Image.Image]:
@@ -213,9 +221,12 @@ class StableDiffusion:
         seed: None draws one; an integer for several prompts means seed, seed + 1, ...
         height, width: pixels, multiples of `config.size_multiple`; None is the size that the model was trained at, or
             init_image's shape at about that area.
-        init_image: start from this picture, noised by `strength` (over 0, up to 1: none of it is left).
+        init_image: start from this picture, or one for each, noised by `strength` (over 0, up to 1: none is left).
         mask: of init_image, white where it is drawn anew; elsewhere its own pixels stay. mask_blur: over so many pixels
-            one becomes the other.
+            one becomes the other. mask_invert: black is drawn anew. mask_padding: only the masked part is drawn, with
+            so many pixels around it, and put back into init_image, which keeps its size.
+        outpaint: pixels that init_image grows by to the left, top, right and bottom, as numbers or `64,0,64,0`.
+        hires: draw the picture again so many times as large, noised by `hires_strength`; the VAE works in tiles.
         sampler, schedule: names of samplers.SAMPLERS and schedules.SCHEDULES, also as `DPM++ 2M Karras`; a schedule of
             None is the sampler's own. eta, s_noise, solver_order: what it takes beside, None for its own.
         prompt_syntax: "weights", in which (text:1.3) counts 1.3 times, "a1111" or "plain" (sd/prompts.py); None is the
@@ -226,39 +237,38 @@ class StableDiffusion:
 
         Each picture's `info` holds the parameters that make it again. Raises ValueError for values out of range.
         """
-        prompts, negatives, seeds = _broadcast(prompt, negative_prompt, seed)
-        height, width = self._size(height, width, init_image)
-        _check(cfg_scale, strength, clip_skip, self.config.text.layers)
-        if mask is not None and init_image is None:
-            raise ValueError("a mask says which part of a picture is drawn anew: give init_image too")
+        prompts, negatives, seeds = broadcast(prompt, negative_prompt, seed)
+        check_numbers(cfg_scale, strength, hires_strength, hires, clip_skip, self.config.text.layers)
+        edits, height, width = self._edits(
+            len(prompts), init_image, mask, mask_invert, mask_blur, mask_padding, outpaint, height, width
+        )
+        if hires and (mask is not None or outpaint):
+            raise ValueError("hires draws all of a picture again: it cannot be given with a mask or outpaint")
         asked_for = {"eta": eta, "s_noise": s_noise, "solver_order": solver_order}
         chosen, named = samplers.choose(sampler, asked_for), samplers.schedule_of(sampler, schedule)
         levels = schedules.make(named, steps)
-        shape = (self.config.vae.z_channels, height // self._downsampling, width // self._downsampling)
-        noise = PictureNoise(seeds, shape, self.device, torch.promote_types(self.dtype, torch.float32))
+        self.times = {}
         with self._timed("text"):
-            context = self.encode_prompts(prompts, negatives if cfg_scale != 1 else None, prompt_syntax, clip_skip)
-        blend = None
-        if init_image is None:
-            x = _given(latents, (len(prompts), *shape), noise) if latents is not None else noise()
-        else:
-            levels = levels.last(max(1, int(steps * strength)))
-            with self._timed("encode"):
-                x, blend = self._from_image(init_image, height, width, noise, levels, mask, strength)
-        with self._timed("denoise"):
-            x = self.sample(x, context, cfg_scale, chosen, levels, noise, on_step, blend)
-        with self._timed("decode"):
-            images = to_pil(self.decode(x))
-        if mask is not None:
-            images = pasted(images, init_image, mask, mask_blur)
-        size = {"height": height, "width": width}
-        shared = {"steps": steps, "cfg_scale": cfg_scale, "sampler": chosen.name, **size, **dict(chosen.options)}
+            conditions = self._conditions(prompts, negatives, cfg_scale, steps, prompt_syntax, clip_skip)
+        draw = partial(self._draw, conditions=conditions, sampler=chosen, levels=levels, seeds=seeds, on_step=on_step)
+        images = draw(edits, height, width, strength=strength, latents=latents)
+        if hires:
+            larger = [Edit(image) for image in images]
+            size = larger_size(height, width, hires, self.config.size_multiple)
+            images = draw(larger, *size, strength=hires_strength, tile=self.config.image_size // self._downsampling)
+        shared = {"steps": steps, "cfg_scale": cfg_scale, "sampler": chosen.name, "height": height, "width": width}
+        shared |= dict(chosen.options)
         where_given = {
             "schedule": named if schedule or named != chosen.method.schedule else None,
             "prompt_syntax": prompt_syntax,
             "clip_skip": clip_skip,
-            "strength": None if init_image is None else strength,
-            "mask_blur": None if mask is None else mask_blur,
+            "strength": strength if edits else None,
+            "outpaint": outpaint and ",".join(map(str, sides(outpaint))),
+            "mask_blur": mask_blur if mask is not None or outpaint else None,
+            "mask_invert": mask_invert or None,
+            "mask_padding": mask_padding,
+            "hires": hires,
+            "hires_strength": hires_strength if hires else None,
         }
         shared |= {name: value for name, value in where_given.items() if value is not None}
         for image, *own in zip(images, prompts, negatives, seeds, strict=True):
@@ -294,8 +304,7 @@ class StableDiffusion:
     def sample(
         self,
         x: Tensor,
-        context: Tensor,
-        cfg_scale: float,
+        conditions: Conditions,
         sampler: Sampler,
         schedule: Schedule,
         noise: PictureNoise,
@@ -303,8 +312,8 @@ class StableDiffusion:
         blend: Blend | None = None,
     ) -> Tensor:
         """Denoise x [B, z, h, w] from the schedule's first level on -> clean latents of that shape, still scaled."""
-        with self.call.sampling(schedule.timesteps, guided=cfg_scale != 1) as start_step:
-            denoise = Guided(self.unet, context, cfg_scale, self.call)
+        with self.call.sampling(schedule.timesteps, guided=conditions.scale != 1) as start_step:
+            denoise = Guided(self.unet, conditions, self.call)
             for i, x in enumerate(sampler(denoise, x, schedule, noise), start=1):  # noqa: B020
                 start_step(i)
                 if blend:
@@ -313,19 +322,19 @@ class StableDiffusion:
                     on_step(i, len(schedule), x)
         return x
 
-    def decode(self, x: Tensor) -> Tensor:
-        """Scaled latents [B, z, h, w] -> pictures [B, 3, H, W], about [-1, 1].
+    def decode(self, x: Tensor, tile: int | None = None) -> Tensor:
+        """Scaled latents [B, z, h, w] -> pictures [B, 3, H, W], about [-1, 1]; in tiles of so many latents.
 
         SD 1.5's VAE can overflow in fp16, which draws a black picture: then it is run again in fp32.
         """
         latents = x / self.config.vae.scale_factor
-        images = self.vae.decode(latents.to(self.dtype))
+        images = _in_tiles(self.vae.decode, latents.to(self.dtype), tile)
         if images.isfinite().all():
             return images
         if self.dtype in (torch.float32, torch.float64):
             raise ValueError("the VAE's output is not finite: the weights or the latents hold NaN or infinity")
         log.warning("the VAE overflowed in %s; decoding again in fp32", self.dtype)
-        return self._vae_in_fp32().decode(latents)
+        return _in_tiles(self._vae_in_fp32().decode, latents, tile)
 
     def _vae_in_fp32(self) -> VAE:
         with torch.device("meta"):
@@ -333,41 +342,136 @@ class StableDiffusion:
         vae.load_state_dict({name: weight.float() for name, weight in self.vae.state_dict().items()}, assign=True)
         return vae
 
-    def _from_image(
+    def _conditions(
         self,
-        image: Image.Image,
+        prompts: Sequence[str],
+        negatives: Sequence[str],
+        cfg_scale: float,
+        steps: int,
+        syntax: str | None,
+        clip_skip: int | None,
+    ) -> Conditions:
+        """The context, or one for each step where a prompt says what it is at which."""
+        texts = [over_steps(text, steps, syntax) for text in (*negatives, *prompts)]
+        count = len(prompts)
+
+        def context(forms: Sequence[str]) -> Tensor:
+            negatives = forms[:count] if cfg_scale != 1 else None
+            return self.encode_prompts(forms[count:], negatives, syntax, clip_skip)
+
+        by_step = list(zip(*texts, strict=True))
+        contexts = {forms: context(forms) for forms in dict.fromkeys(by_step)}
+        if len(contexts) == 1:
+            return Conditions(*contexts.values(), cfg_scale)
+        return Conditions(contexts[by_step[0]], cfg_scale, tuple(contexts[forms] for forms in by_step))
+
+    def _edits(
+        self,
+        count: int,
+        image: Image.Image | Sequence[Image.Image] | None,
+        mask: Image.Image | Sequence[Image.Image] | None,
+        invert: bool,
+        blur: float,
+        padding: int | None,
+        outpaint: str | Sequence[int] | None,
+        height: int | None,
+        width: int | None,
+    ) -> tuple[list[Edit], int, int]:
+        """What is drawn over, one for each picture or for all, and the size to draw at."""
+        images, masks = one_each(image, count, "init_image"), one_each(mask, count, "mask")
+        if not images and (masks or outpaint):
+            raise ValueError(
+                "a mask says which part of a picture is drawn anew: give init_image too"
+                if masks
+                else "outpaint says how a picture grows: give init_image too"
+            )
+        side, multiple = self.config.image_size, self.config.size_multiple
+        natural = (side, side)
+        if images and outpaint:
+            natural = outpainted_size(images[0], sides(outpaint), multiple)
+        elif images and padding is None:
+            natural = same_shape(images[0], side, multiple)
+        room = natural if height is None and width is None else None
+        height, width = (b if a is None else a for a, b in zip((height, width), natural, strict=True))
+        self.config.check_size(height, width)
+        pairs = zip(images, masks * len(images) if len(masks) == 1 else masks or [None] * len(images), strict=True)
+        if outpaint:
+            return [outpainting(i, sides(outpaint), room, m, blur) for i, m in pairs], height, width
+        return [edit(i, height, width, m, invert, blur, padding) for i, m in pairs], height, width
+
+    def _draw(
+        self,
+        edits: Sequence[Edit],
+        height: int,
+        width: int,
+        *,
+        strength: float,
+        conditions: Conditions,
+        sampler: Sampler,
+        levels: Schedule,
+        seeds: Sequence[int],
+        on_step: OnStep | None,
+        latents: Tensor | None = None,
+        tile: int | None = None,
+    ) -> list[Image.Image]:
+        """Pictures over edits, or of noise where there are none; the VAE works in tiles of so many latents."""
+        shape = (self.config.vae.z_channels, height // self._downsampling, width // self._downsampling)
+        noise = PictureNoise(seeds, shape, self.device, torch.promote_types(self.dtype, torch.float32))
+        if edits:
+            levels = levels.last(max(1, int(len(levels) * strength)))
+        with self._timed("encode") if edits or self._inpaints else nullcontext():
+            start = self._start(edits, height, width, noise, levels, strength, latents, tile)
+        conditions = replace(conditions, by_step=conditions.by_step[-len(levels) :], beside=start.beside)
+        with self._timed("denoise"):
+            x = self.sample(start.x, conditions, sampler, levels, noise, on_step, start.blend)
+        with self._timed("decode"):
+            images = to_pil(self.decode(x, tile))
+        if edits:
+            edits = edits * len(images) if len(edits) == 1 else edits
+            images = [one.finished(image) for one, image in zip(edits, images, strict=True)]
+        return images
+
+    def _start(
+        self,
+        edits: Sequence[Edit],
         height: int,
         width: int,
         noise: PictureNoise,
         levels: Schedule,
-        mask: Image.Image | None,
         strength: float,
-    ) -> tuple[Tensor, Blend | None]:
-        """The picture's latents at the first level, [B, z, h, w], and what keeps those that a mask leaves.
+        latents: Tensor | None,
+        tile: int | None,
+    ) -> Start:
+        encode = partial(self._encoded, noise=noise, tile=tile)
+        if not edits:
+            first = noise if latents is None else lambda: given_latents(latents, noise)
+            if not self._inpaints:
+                return Start(first())
+            return for_inpainting(torch.zeros(1, 3, height, width), None, encode, first, levels, 1.0)
+        pixels = torch.cat([one.pixels(height, width) for one in edits])
+        masks = [one.pixel_mask(height, width) for one in edits]
+        mask = None if masks[0] is None else torch.cat(masks)
+        begin = for_inpainting if self._inpaints else from_picture
+        return begin(pixels, mask, encode, noise, levels, strength)
 
-        First the posterior's noise is drawn, then the level's. Of a part that is drawn anew as a whole nothing is left.
-        """
-        pixels = from_pil(image, height, width).to(self.device, self.dtype)
-        mean, logvar = (part.to(noise.dtype) for part in self.vae.encode(pixels))
-        clean = (mean + (logvar / 2).exp() * noise()) * self.config.vae.scale_factor
-        fresh = noise()
-        noised = add_noise(clean, fresh, levels.abars[0])
-        if mask is None:
-            return noised, None
-        repainted = latent_mask(mask_of(mask, height, width), self._downsampling).to(clean)
-        return fresh if strength == 1 else noised, Blend(levels, clean, fresh, repainted)
+    def _encoded(self, pixels: Tensor, noise: PictureNoise, tile: int | None) -> Tensor:
+        """Pictures [1 or B, 3, H, W] -> scaled latents [B, z, h, w] in noise's dtype."""
+        encode = self.vae.encode
+        if tile:
+            step = self._downsampling
+            whole = in_tiles(lambda x: torch.cat(encode(x), 1), pixels, tile * step, tile * step // 4, step)
+            encode = lambda x: whole.chunk(2, 1)  # noqa: E731
+        mean, logvar = (part.to(noise.dtype) for part in encode(pixels.to(self.device, self.dtype)))
+        return (mean + (logvar / 2).exp() * noise()) * self.config.vae.scale_factor
+
+    @property
+    def _inpaints(self) -> bool:
+        """Whether the UNet is told of a mask beside the latents."""
+        return self.config.unet.inpaints
 
     @property
     def _downsampling(self) -> int:
         return self.config.vae.downsampling
-
-    def _size(self, height: int | None, width: int | None, init_image: Image.Image | None) -> tuple[int, int]:
-        side = self.config.image_size
-        natural = (side, side) if init_image is None else _same_shape(init_image, side, self.config.size_multiple)
-        height = natural[0] if height is None else height
-        width = natural[1] if width is None else width
-        self.config.check_size(height, width)
-        return height, width
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -375,51 +479,12 @@ class StableDiffusion:
         start = time.perf_counter()
         yield
         self._synchronize()
-        self.times[stage] = time.perf_counter() - start
+        self.times[stage] = self.times.get(stage, 0.0) + time.perf_counter() - start
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
 
-def _same_shape(image: Image.Image, side: int, multiple: int) -> tuple[int, int]:
-    """Height and width near image's aspect ratio, near side x side pixels in all, multiples of `multiple`."""
-    width, height = image.size
-    if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # lying on its side
-        width, height = height, width
-    scale = side / math.sqrt(width * height)
-    fit = [max(multiple, round(length * scale / multiple) * multiple) for length in (height, width)]
-    return fit[0], fit[1]
-
-
-def _broadcast(prompt, negative_prompt, seed) -> tuple[list[str], list[str], list[int]]:
-    """Lists of one length. An integer seed counts up; prompts repeat."""
-    columns = [[value] if isinstance(value, str) else list(value) for value in (prompt, negative_prompt)]
-    given_seeds = list(seed) if isinstance(seed, Sequence) else None
-    if not columns[0]:
-        raise ValueError("generate needs at least one prompt")
-    count = max(len(column) for column in (*columns, given_seeds or [0]))
-    if given_seeds is None:
-        first = secrets.randbelow(2**32) if seed is None else seed
-        given_seeds = [first + i for i in range(count)]
-    columns = [column * count if len(column) == 1 else column for column in (*columns, given_seeds)]
-    if lengths := {len(column) for column in columns} - {count}:
-        raise ValueError(f"prompts, negative prompts and seeds differ in number: {count} and {lengths.pop()}")
-    if bad := [s for s in columns[2] if not 0 <= s < 2**63]:
-        raise ValueError(f"seed must be from 0 to 2**63 - 1, not {bad[0]}")
-    return columns[0], columns[1], columns[2]
-
-
-def _check(cfg_scale: float, strength: float, clip_skip: int | None = None, layers: int = 12) -> None:
-    if clip_skip is not None and not 1 <= clip_skip <= layers:
-        raise ValueError(f"clip_skip must be from 1 to {layers}, not {clip_skip}")
-    if not math.isfinite(cfg_scale):
-        raise ValueError(f"cfg_scale must be a finite number, not {cfg_scale}")
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength must be over 0 and at most 1, not {strength}")
-
-
-def _given(latents: Tensor, shape: tuple[int, ...], noise: PictureNoise) -> Tensor:
-    if tuple(latents.shape) != shape:
-        raise ValueError(f"latents are {list(latents.shape)}, not {list(shape)}")
-    return latents.to(noise.device, noise.dtype)
+def _in_tiles(decode: Callable[[Tensor], Tensor], latents: Tensor, tile: int | None) -> Tensor:
+    return decode(latents) if tile is None else in_tiles(decode, latents, tile, tile // 4)

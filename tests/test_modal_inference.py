@@ -228,7 +228,7 @@ def flags_of(function) -> dict[str, tuple[object, object]]:
 def test_the_flags_are_those_of_the_table():
     """All but what names a file of this machine; and what is not named is the library's default."""
     flags = flags_of(modal_inference.main.info.raw_f)
-    of_files = {"init_image", "strength", "mask", "mask_blur"}
+    of_files = {"init_image", "strength", "mask", "mask_blur", "mask_invert", "mask_padding", "outpaint"}
     of_pictures = {name: (one.check.kind | None, None) for name, one in PARAMETERS.items() if name not in of_files}
     assert of_pictures.items() <= flags.items()
     assert not {*of_files, "given"} & set(flags)

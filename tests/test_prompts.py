@@ -1,8 +1,11 @@
 """Prompt syntax, chunks and weights, beside transformers' tokens and hidden states and a written-out definition."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from compel import Compel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
@@ -112,6 +115,17 @@ def test_a_prompt_without_forms_has_the_tokens_it_had(theirs, text):
     assert read.ids == theirs([text], padding="max_length", max_length=77, truncation=True)["input_ids"]
     assert read.ids == OURS([text]).tolist()
     assert not read.weighted
+
+
+@pytest.mark.parametrize("text", ["", "a red fox", "a fox " * 60, "a fox " * 100, "the quick brown fox " * 40])
+def test_without_weights_the_context_is_that_of_compel(theirs, text):
+    """Weights it defines otherwise: between the context and that of an empty prompt."""
+    pipe = tiny_pipeline()
+    tokenizer = copy.copy(theirs)
+    tokenizer.model_max_length = 77
+    compel = Compel(tokenizer, transformers_clip(pipe.clip, pipe.config.text), truncate_long_prompts=False)
+    wanted = compel.pad_conditioning_tensors_to_same_length([compel(""), compel(text)])
+    assert relative_error(pipe.encode_prompts([text], [""]), torch.cat(wanted)) < 1e-6
 
 
 def test_long_prompts_are_cut_at_commas_and_lose_nothing(theirs):

@@ -11,7 +11,7 @@ from bench.reference.numbers import relative_error
 from bench.reference.oracles import ddim_scheduler, ddpm_scheduler
 from sd import samplers, schedules
 from sd.ddpm import add_noise, predict_x0
-from sd.guidance import Guided, from_picture, from_velocity
+from sd.guidance import Conditions, Guided, from_picture, from_velocity
 from sd.noise import PictureNoise
 from sd.samplers import OPTIONS, SAMPLERS, choose, read
 from sd.schedules import SCHEDULES, alphas_cumprod, spaced_timesteps
@@ -431,13 +431,13 @@ class TestGuidance:
 
     def test_formula_and_order_of_the_halves(self):
         x = torch.ones(2, 4, 8, 8)
-        guided = Guided(self.predict, self.context, 7.5)(x, 1)
+        guided = Guided(self.predict, Conditions(self.context, 7.5))(x, 1)
         assert torch.equal(guided, torch.full_like(x, 10 + 7.5 * 10))
         assert self.batch == 4
 
     def test_no_second_half_at_scale_1(self):
         x = torch.ones(2, 4, 8, 8)
-        assert torch.equal(Guided(self.predict, self.context[2:], 1)(x, 1), 20 * x)
+        assert torch.equal(Guided(self.predict, Conditions(self.context[2:], 1))(x, 1), 20 * x)
         assert self.batch == 2
 
 

@@ -53,8 +53,8 @@ def _check_config(config: Config, tensors: int) -> None:
 
 
 def _check_parts_agree(text: TextConfig, unet: UNetConfig, vae: VAEConfig) -> None:
-    if unet.in_channels != vae.z_channels:
-        kind = {9: "an inpainting model", 8: "an image-editing model"}.get(unet.in_channels, "another kind of model")
+    if unet.in_channels != vae.z_channels and not unet.inpaints:
+        kind = {8: "an image-editing model"}.get(unet.in_channels, "another kind of model")
         raise CheckpointError(f"{kind} ({unet.in_channels} input channels); a text-to-image one is needed")
     if unet.context_dim != text.width:
         kind = "Stable Diffusion 2" if unet.context_dim == 1024 else "not Stable Diffusion 1.x"

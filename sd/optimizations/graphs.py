@@ -7,17 +7,19 @@ before each replay, weights written to in place are seen, and one that was repla
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sd.checkpoints.stamps import address
+from sd.guidance import Conditions
 from sd.noise import PictureNoise
 from sd.optimizations.base import NVIDIA, OptimizationError, Patch, Record, Stage, optimization
 from sd.samplers import Sampler
 from sd.schedules import Schedule
+from sd.start import Blend
 
 MAX_GRAPHS = 16  # a module; the oldest goes
 WARM_UP_CALLS = 2  # libraries choose algorithms, allocate workspaces and compile in these
@@ -154,7 +156,8 @@ class GraphedLoop:
     """A pipeline's `sample` as one CUDA graph: all steps, guidance and the sampler's arithmetic.
 
     A graph holds for one sampler, schedule, guidance scale and shape. `on_step` is called for all the steps
-    once the picture is done: a graph does not stop to report.
+    once the picture is done: a graph does not stop to report. Prompts that change over the steps are drawn step by
+    step.
     """
 
     def __init__(self, sample: Callable[..., Tensor], done: Record):
@@ -165,25 +168,29 @@ class GraphedLoop:
     def __call__(
         self,
         x: Tensor,
-        context: Tensor,
-        cfg_scale: float,
+        conditions: Conditions,
         sampler: Sampler,
         schedule: Schedule,
         noise: PictureNoise,
         on_step: Callable[[int, int, Tensor], None] | None = None,
-        blend: Callable[[int, Tensor], None] | None = None,
+        blend: Blend | None = None,
     ) -> Tensor:
-        if blend:  # a mask and a picture of their own: step by step
-            return self.sample(x, context, cfg_scale, sampler, schedule, noise, on_step, blend)
+        if conditions.by_step:  # what is derived from the text is brought up to date between calls
+            return self.sample(x, conditions, sampler, schedule, noise, on_step, blend)
+        told = [name for name in ("context", "beside") if getattr(conditions, name) is not None]
+        kept = ("clean", "noise", "mask") if blend else ()
 
-        def loop(x: Tensor, context: Tensor, draws: Tensor) -> list[Tensor]:
+        def loop(x: Tensor, draws: Tensor, *given: Tensor) -> list[Tensor]:
             steps: list[Tensor] = []
-            self.sample(x, context, cfg_scale, sampler, schedule, Drawn(draws), lambda i, n, x: steps.append(x))
+            here = replace(conditions, **dict(zip(told, given, strict=False)))
+            keep = blend and replace(blend, **dict(zip(kept, given[len(told) :], strict=True)))
+            self.sample(x, here, sampler, schedule, Drawn(draws), lambda i, n, x: steps.append(x), keep)
             return steps
 
-        inputs = x, context, AsyncNoise(noise).draw(count_draws(sampler, schedule), x)
-        key = (_shapes(inputs), cfg_scale, sampler, schedule)
-        self.done.refresh(context)  # first, since weights that are packed anew move
+        given = [getattr(conditions, name) for name in told] + [getattr(blend, name) for name in kept]
+        inputs = (x, AsyncNoise(noise).draw(count_draws(sampler, schedule), x), *given)
+        key = (_shapes(inputs), *told, conditions.scale, sampler, schedule, blend and blend.schedule)
+        self.done.refresh(conditions.context)  # first, since weights that are packed anew move
         recording = self.recordings.get(key, loop, inputs)
         for place, value in zip(recording.inputs, inputs, strict=True):
             place.copy_(value)
@@ -277,10 +284,10 @@ def async_noise(patch: Patch) -> None:
     """
 
     def sampling(sample: Callable) -> Callable:
-        def sample_async(x, context, cfg_scale, sampler, schedule, noise, on_step=None, blend=None):
+        def sample_async(x, conditions, sampler, schedule, noise, on_step=None, blend=None):
             # Within loop-graph the noise is drawn already.
             noise = AsyncNoise(noise) if isinstance(noise, PictureNoise) else noise
-            return sample(x, context, cfg_scale, sampler, schedule, noise, on_step, blend)
+            return sample(x, conditions, sampler, schedule, noise, on_step, blend)
 
         return sample_async
 

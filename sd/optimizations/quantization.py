@@ -53,6 +53,7 @@ from torch.ao.quantization import (
 )
 
 from sd.attention import merge_heads, split_heads
+from sd.guidance import Conditions
 from sd.noise import PictureNoise
 from sd.optimizations.base import (
     ANYTHING,
@@ -444,8 +445,10 @@ def calibrate(pipe: StableDiffusion, prompts: Sequence[str], steps: int, size: i
     shape = (pipe.config.vae.z_channels, side, side)
     for seed, prompt in enumerate(prompts):
         noise = PictureNoise([seed], shape, pipe.device, pipe.dtype)
-        context = pipe.encode_prompts([prompt], [""])
-        pipe.sample(noise(), context, 7.5, choose("ddim"), leading(steps), noise)
+        x, channels = noise(), pipe.config.unet.in_channels - shape[0]
+        beside = x.new_zeros(1, channels, side, side) if channels else None
+        conditions = Conditions(pipe.encode_prompts([prompt], [""]), 7.5, beside=beside)
+        pipe.sample(x, conditions, choose("ddim"), leading(steps), noise)
 
 
 @contextmanager

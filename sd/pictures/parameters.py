@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
 from sd import prompts, samplers, schedules
+from sd.prompt_steps import over_steps
 
 
 class UserError(Exception):
@@ -103,8 +104,41 @@ class Name(Choice):
         return self.read(value)
 
 
+@dataclass(frozen=True)
+class Switch:
+    """On or off: an option without a value."""
+
+    kind: ClassVar[type] = bool
+    metavar: ClassVar[None] = None
+
+    def __call__(self, name: str, value: object) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, not {shown(value)}")
+        return value
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Pixels to the left, top, right and bottom, not all of them 0, as `64,0,64,0`."""
+
+    kind: ClassVar[type] = str
+    metavar: ClassVar[str] = "SIDES"
+
+    def __call__(self, name: str, value: object) -> str:
+        numbers = value.split(",") if isinstance(value, str) else ()
+        if (
+            len(numbers) != 4
+            or not all(n.strip().isdecimal() and len(n) < 6 for n in numbers)
+            or not any(map(int, numbers))
+        ):
+            raise ValueError(
+                f"{name} must be pixels to the left, top, right and bottom, as 64,0,64,0, not {shown(value)}"
+            )
+        return ",".join(str(int(n)) for n in numbers)
+
+
 INF = math.inf
-Check = Text | Whole | Number | Choice
+Check = Text | Whole | Number | Choice | Switch | Sides
 
 
 def shown(value: object) -> str:
@@ -212,6 +246,31 @@ _ROWS = (
     Parameter(
         "mask_blur", Number(0, 1000), "pixels over which it goes over to what stays ({default})", 0.0, beside="mask"
     ),
+    Parameter("mask_invert", Switch(), "black in --mask is drawn anew", False, beside="mask"),
+    Parameter(
+        "mask_padding",
+        Whole(0, 2**12),
+        "draw only what --mask shows, at full size, with so many pixels around it (all of the picture)",
+        beside="mask",
+        metavar="PIXELS",
+    ),
+    Parameter(
+        "outpaint",
+        Sides(),
+        "pixels by which --init-image grows to each side",
+        metavar="LEFT,TOP,RIGHT,BOTTOM",
+        beside="init_image",
+    ),
+    Parameter(
+        "hires", Number(1, 4, over=True), "then enlarge the picture so many times, and draw over it", metavar="TIMES"
+    ),
+    Parameter(
+        "hires_strength",
+        Number(0, 1, over=True),
+        "share of the enlarged picture redrawn ({default})",
+        0.5,
+        beside="hires",
+    ),
     Parameter(
         "num_images",
         Whole(1, 10**6),
@@ -244,10 +303,13 @@ def add_options(add: Callable[..., object]) -> None:
     """An option for each; add: the `add_argument` of a parser or a group. What is not given is None."""
     for parameter in flags():
         check = parameter.check
-        options = {"choices": check.options} if type(check) is Choice else {"type": check.kind}
-        metavar = parameter.metavar or check.metavar
+        options = {"metavar": parameter.metavar or check.metavar, "type": check.kind}
+        if type(check) is Choice:
+            options = {"metavar": options["metavar"], "choices": check.options}
+        if type(check) is Switch:
+            options = {"action": "store_const", "const": True}
         names = [name for name in (parameter.short, parameter.option) if name]
-        add(*names, metavar=metavar, help=parameter.described().replace("%", "%%"), **options)
+        add(*names, help=parameter.described().replace("%", "%%"), **options)
 
 
 def check_parameter(name: str, value: object) -> object:
@@ -288,9 +350,15 @@ def check_together(where: str, values: Mapping[str, object]) -> None:
     try:
         if values.get("mask") and not values.get("init_image"):
             raise ValueError("mask says which part of a picture is drawn anew: init_image names that picture")
+        if values.get("outpaint") and not values.get("init_image"):
+            raise ValueError("outpaint says how a picture grows: init_image names that picture")
+        if values.get("hires") and (values.get("mask") or values.get("outpaint")):
+            raise ValueError("hires draws all of a picture again: it cannot be given with mask or outpaint")
         samplers.choose(values["sampler"], {name: values.get(name) for name in samplers.OPTIONS})
         schedules.check(samplers.schedule_of(values["sampler"], values.get("schedule")), values["steps"])
+        syntax = values.get("prompt_syntax") or "weights"
         for name in ("prompt", "negative_prompt"):
-            prompts.parse(values[name], values.get("prompt_syntax") or "weights")
+            for form in dict.fromkeys(over_steps(values[name], values["steps"], syntax)):
+                prompts.parse(form, syntax)
     except ValueError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from None

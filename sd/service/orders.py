@@ -115,7 +115,10 @@ def _checked(values: Mapping[str, object], limits: Limits) -> dict[str, object]:
 
 def _check_size(given: Mapping[str, object], limits: Limits, config: Config) -> None:
     side = config.image_size
-    config.check_size(given.get("height", side), given.get("width", side))
+    height, width = given.get("height", side), given.get("width", side)
+    config.check_size(height, width)
+    if (largest := max(height, width) * given.get("hires", 1)) > limits.max_side:
+        raise ValueError(f"hires makes {largest:g} pixels of a side, and at most {limits.max_side} are drawn here")
 
 
 def _plan(given: Mapping[str, object], limits: Limits) -> list[Job]:

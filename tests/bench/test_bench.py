@@ -208,7 +208,10 @@ def test_rows(mode, expected):
 def test_knobs_are_no_optimizations():
     row = rungs.Row("", ("channels-last", "steps=20", "sampler=ddim"))
     assert row.optimizations == ["channels-last"]
-    assert (row.knob("steps", 50), row.knob("sampler", "ddpm")) == ("20", "ddim")
+    assert row.sampling(50, "ddpm") == {"sampler": "ddim", "schedule": None, "steps": 20}
+    row = ladder.Row("few", ("sampling=dpmpp_2m:karras:20",))
+    assert row.sampling(50, "ddpm") == {"sampler": "dpmpp_2m", "schedule": "karras", "steps": 20}
+    assert not row.optimizations
     assert not row.exact
     assert rungs.Row("", ("channels-last",)).exact
     assert not rungs.Row("", ("channels-last", "deepcache=3")).exact
@@ -273,8 +276,8 @@ def recompiling(patch: Patch) -> None:
     sample = patch.pipe.sample
     scale = torch.compile(lambda x, steps: x * steps / steps, backend="eager", dynamic=False)
 
-    def sample_scaled(x, context, cfg_scale, sampler, schedule, *more):
-        return sample(scale(x, len(schedule)), context, cfg_scale, sampler, schedule, *more)
+    def sample_scaled(x, conditions, sampler, schedule, *more):
+        return sample(scale(x, len(schedule)), conditions, sampler, schedule, *more)
 
     patch.around("sample", lambda sample: sample_scaled)
 

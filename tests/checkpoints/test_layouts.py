@@ -38,7 +38,7 @@ def test_without_the_text_model_level(tmp_path, models, tensors):
         ("unet.down_blocks.0.attentions.0.to_q.lora_A.weight", (1,), "LoRA"),
         ("down_blocks.0.resnets.0.conv1.weight", (1,), "diffusers layout"),
         ("control_model.input_blocks.0.0.weight", (1,), "ControlNet"),
-        (PREFIXES["unet"] + "input_blocks.0.0.weight", (32, 9, 3, 3), "inpainting"),
+        (PREFIXES["unet"] + "input_blocks.0.0.weight", (32, 8, 3, 3), "image-editing"),
         (PREFIXES["unet"] + "middle_block.1.transformer_blocks.0.attn2.to_k.weight", (128, 1024), "Stable Diffusion 2"),
     ],
 )

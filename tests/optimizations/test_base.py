@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sd.guidance import Call, Guided
+from sd.guidance import Call, Conditions, Guided
 from sd.optimizations import OptimizationError
 from sd.optimizations.base import Record, added, without_bias
 from tests.optimizations.support import inputs
@@ -162,7 +162,7 @@ def test_guidance_says_that_halves_are_alike_only_around_its_own_calls():
         seen.append(call.halves_alike)
         return x
 
-    Guided(predict, torch.zeros(2, 1, 1), 7.5, call)(torch.zeros(1, 1, 2, 2), torch.tensor(1))
-    Guided(predict, torch.zeros(1, 1, 1), 1, call)(torch.zeros(1, 1, 2, 2), torch.tensor(1))
+    Guided(predict, Conditions(torch.zeros(2, 1, 1), 7.5), call)(torch.zeros(1, 1, 2, 2), torch.tensor(1))
+    Guided(predict, Conditions(torch.zeros(1, 1, 1), 1), call)(torch.zeros(1, 1, 2, 2), torch.tensor(1))
     assert seen == [True, False]
     assert not call.halves_alike

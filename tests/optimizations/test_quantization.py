@@ -18,6 +18,7 @@ from torch.ao.quantization import DeQuantStub, QuantStub
 from bench import common, sensitivity
 from bench.reference.numbers import relative_error
 from sd import optimizations
+from sd.guidance import Conditions
 from sd.noise import PictureNoise
 from sd.optimizations import OptimizationError, quantization, quantized_files
 from sd.optimizations.quantization import quantize, weight_bytes
@@ -52,9 +53,8 @@ every_scheme = pytest.mark.parametrize("scheme", APPLY)
 def latents(pipe: StableDiffusion) -> Tensor:
     """After two steps from fixed noise."""
     noise = PictureNoise([5], (4, 8, 8), pipe.device, torch.float32)
-    return pipe.sample(
-        noise(), pipe.encode_prompts(["a cat"], [""]), 3.0, choose("ddim"), at_timesteps([501, 1]), noise
-    )
+    conditions = Conditions(pipe.encode_prompts(["a cat"], [""]), 3.0)
+    return pipe.sample(noise(), conditions, choose("ddim"), at_timesteps([501, 1]), noise)
 
 
 @torch.no_grad()

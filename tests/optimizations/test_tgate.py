@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.reference.numbers import noise, pixels, relative_error
 from bench.reference.oracles import ddim_scheduler, diffusers_pipeline
 from sd import optimizations
-from sd.guidance import Guided
+from sd.guidance import Conditions, Guided
 from sd.optimizations import OptimizationError
 from sd.pipeline import StableDiffusion
 from sd.samplers import choose
@@ -93,7 +93,7 @@ def written_out(pipe: StableDiffusion, step: int, scale: float, start: Tensor, s
     """DDIM's last latents."""
     context = pipe.encode_prompts(PROMPTS, ["", ""] if scale != 1 else None)
     predict = WrittenOut(pipe.unet, step, guided=scale != 1)
-    *_, x = choose("ddim")(Guided(predict, context, scale), start, leading(steps), lambda: None)
+    *_, x = choose("ddim")(Guided(predict, Conditions(context, scale)), start, leading(steps), lambda: None)
     return x
 
 

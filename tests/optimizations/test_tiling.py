@@ -8,12 +8,12 @@ from torch import nn
 
 from bench.reference.numbers import noise, relative_error
 from bench.reference.weights import TINY
-from sd.optimizations import tiling
+from sd import tiles
 
 
 @pytest.mark.parametrize("length", [5, 16, 17, 31, 64, 100])
 def test_tiles_cover_and_overlap(length):
-    starts = tiling.tile_starts(length, 16, 4)
+    starts = tiles.tile_starts(length, 16, 4)
     assert starts[0] == 0
     assert starts[-1] + 16 >= length
     assert all(0 < b - a <= 12 for a, b in itertools.pairwise(starts))
@@ -23,7 +23,7 @@ def test_tiles_cover_and_overlap(length):
 def test_tiles_of_a_local_decoder_join_without_a_trace(height, width):
     decode = lambda x: nn.functional.interpolate(x[:, :3], scale_factor=8.0, mode="nearest")  # noqa: E731
     latents = noise(2, 4, height, width)
-    assert relative_error(tiling.decode_in_tiles(decode, latents, 16, 4), decode(latents)) < 1e-6
+    assert relative_error(tiles.in_tiles(decode, latents, 16, 4), decode(latents)) < 1e-6
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from sd.pictures.parameters import PARAMETERS, Number, Parameter, UserError, che
 from sd.pictures.plan import plan, read_prompts
 from sd.pictures.png import read_parameters, save_png
 from sd.pictures.run import pictures_of, recalled
+from sd.request import check_numbers
 from sd.service.app import PAGE
 from sd.service.form import page_with_form
 from sd.service.orders import Limits, read_order
@@ -42,7 +43,7 @@ def test_what_is_refused_here_is_what_the_pipeline_refuses():
 
 
 def refused_by_the_pipeline(cfg_scale, strength, sampler, steps, schedule=None):
-    pipeline._check(cfg_scale, strength)
+    check_numbers(cfg_scale, strength, 0.5, None, None, 12)
     samplers.choose(sampler)
     schedules.check(samplers.schedule_of(sampler, schedule), steps)
 
@@ -204,7 +205,8 @@ def form(limits: Limits = Limits()) -> dict[str, dict]:  # noqa: B008 (frozen)
 
 def test_the_page_asks_for_what_the_command_line_takes():
     fields = form()
-    assert set(fields) == set(PARAMETERS) - {"init_image", "strength", "mask", "mask_blur"}
+    of_files = {"init_image", "strength", "mask", "mask_blur", "mask_invert", "mask_padding", "outpaint"}
+    assert set(fields) == set(PARAMETERS) - of_files
     options, _ = inference.parse_arguments(["--prompt", "x"])
     [(job, _)] = pictures_of(options)
     for name in ("steps", "cfg_scale", "sampler"):

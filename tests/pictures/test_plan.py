@@ -50,19 +50,24 @@ def test_any_parameter_by_line(tmp_path):
         "strength": 0.5,
         "mask": "m.png",
         "mask_blur": 3,
+        "mask_invert": True,
+        "mask_padding": 32,
+        "outpaint": "64,0,0,0",
         "num_images": 2,
     }
-    assert {*line, "solver_order"} == set(PARAMETERS)  # which no sampler takes beside eta
-    file = write(tmp_path / "p.jsonl", json.dumps(line) + '\n{"prompt": "b", "steps": null}\n')
+    other = {"prompt": "b", "steps": None, "hires": 2, "hires_strength": 0.4, "sampler": "deis", "solver_order": 2}
+    assert {*line, *other} == set(PARAMETERS)  # which do not all go together
+    file = write(tmp_path / "p.jsonl", f"{json.dumps(line)}\n{json.dumps(other)}\n")
     jobs = plan(read_prompts(file), {"steps": 7}, first_seed=100)
     assert [(j.index, j.prompt, j.steps, j.seed) for j in jobs] == [
         (1, "a fox", 3, 9),
         (2, "a fox", 3, 10),
         (3, "b", 7, 102),
     ]
-    own = ("euler_a", "karras", 0.5, 1.0, None, "a1111", 2, "a.png", 0.5, "m.png", 3.0)
+    own = ("euler_a", "karras", 0.5, 1.0, None, "a1111", 2, "a.png", 0.5, "m.png", 3.0, True, 32, "64,0,0,0", None, 0.5)
     assert jobs[0].settings() == (3, 2.0, 64, 128, *own)
-    assert jobs[2].settings()[2:] == (None, None, "ddpm", *[None] * 7, PARAMETERS["strength"].default, None, 0.0)
+    others = (None, None, "deis", None, None, None, 2, None, None, None, PARAMETERS["strength"].default, None, 0.0)
+    assert jobs[2].settings()[2:] == (*others, False, None, None, 2.0, 0.4)
     assert jobs[2].where == f"{file} line 2"
 
 

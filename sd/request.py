@@ -1,0 +1,65 @@
+"""What `StableDiffusion.generate` is given: checked, and one of each for every picture."""
+
+import math
+import secrets
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from sd.noise import PictureNoise
+
+T = TypeVar("T")
+
+
+def broadcast(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], seed: int | Sequence[int] | None
+) -> tuple[list[str], list[str], list[int]]:
+    """Lists of one length. An integer seed counts up; prompts repeat."""
+    columns = [[value] if isinstance(value, str) else list(value) for value in (prompt, negative_prompt)]
+    given_seeds = list(seed) if isinstance(seed, Sequence) else None
+    if not columns[0]:
+        raise ValueError("generate needs at least one prompt")
+    count = max(len(column) for column in (*columns, given_seeds or [0]))
+    if given_seeds is None:
+        first = secrets.randbelow(2**32) if seed is None else seed
+        given_seeds = [first + i for i in range(count)]
+    columns = [column * count if len(column) == 1 else column for column in (*columns, given_seeds)]
+    if lengths := {len(column) for column in columns} - {count}:
+        raise ValueError(f"prompts, negative prompts and seeds differ in number: {count} and {lengths.pop()}")
+    if bad := [s for s in columns[2] if not 0 <= s < 2**63]:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, not {bad[0]}")
+    return columns[0], columns[1], columns[2]
+
+
+def one_each(given: T | Sequence[T] | None, count: int, name: str) -> list[T]:
+    """None, one for all, or one for each of `count` pictures, as a list. Raises ValueError."""
+    if given is None:
+        return []
+    found = list(given) if isinstance(given, Sequence) else [given]
+    if len(found) not in (1, count):
+        raise ValueError(f"{name} are {len(found)}, for {count} pictures")
+    return found
+
+
+def check_numbers(
+    cfg_scale: float, strength: float, hires_strength: float, hires: float | None, clip_skip: int | None, layers: int
+) -> None:
+    """Raise ValueError for one that is out of range; layers: of the text encoder."""
+    if clip_skip is not None and not 1 <= clip_skip <= layers:
+        raise ValueError(f"clip_skip must be from 1 to {layers}, not {clip_skip}")
+    if not math.isfinite(cfg_scale):
+        raise ValueError(f"cfg_scale must be a finite number, not {cfg_scale}")
+    if hires is not None and not 1 < hires <= 4:
+        raise ValueError(f"hires must be over 1 and at most 4, not {hires}")
+    for name, value in (("strength", strength), ("hires_strength", hires_strength)):
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} must be over 0 and at most 1, not {value}")
+
+
+def given_latents(latents: Tensor, noise: PictureNoise) -> Tensor:
+    """In the place of noise: on its device, in its dtype. Raises ValueError where they have not its shape."""
+    shape = [len(noise.generators), *noise.shape]
+    if list(latents.shape) != shape:
+        raise ValueError(f"latents are {list(latents.shape)}, not {shape}")
+    return latents.to(noise.device, noise.dtype)
