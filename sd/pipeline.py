@@ -18,6 +18,7 @@ from sd import model_loader, samplers, schedules
 from sd.checkpoints.stamps import Stamp
 from sd.clip import CLIP
 from sd.config import Config
+from sd.ddpm import predict_x0
 from sd.edits import Edit, edit, larger_size, outpainted_size, outpainting, same_shape, sides
 from sd.guidance import Call, Conditions, Guided
 from sd.images import to_pil
@@ -25,7 +26,7 @@ from sd.lora import Loras
 from sd.noise import PictureNoise
 from sd.prompt_steps import over_steps
 from sd.prompts import padded, tokenize, weighted
-from sd.request import broadcast, check_numbers, given_latents, one_each
+from sd.request import broadcast, check_numbers, given_latents, pictures
 from sd.samplers import Sampler
 from sd.schedules import Schedule
 from sd.start import Blend, Start, for_inpainting, from_picture
@@ -191,7 +192,7 @@ class StableDiffusion:
     def generate(
         self,
         prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         steps: int = 50,
         cfg_scale: float = 7.5,
         seed: int | Sequence[int] | None = None,
@@ -221,7 +222,7 @@ class StableDiffusion:
         seed: None draws one; an integer for several prompts means seed, seed + 1, ...
         height, width: pixels, multiples of `config.size_multiple`; None is the size that the model was trained at, or
             init_image's shape at about that area.
-        init_image: start from this picture, or one for each, noised by `strength` (over 0, up to 1: none is left).
+        init_image: start from this picture or file, or one for each, noised by `strength`, over 0 to 1: none is left.
         mask: of init_image, white where it is drawn anew; elsewhere its own pixels stay. mask_blur: over so many pixels
             one becomes the other. mask_invert: black is drawn anew. mask_padding: only the masked part is drawn, with
             so many pixels around it, and put back into init_image, which keeps its size.
@@ -314,6 +315,7 @@ class StableDiffusion:
         """Denoise x [B, z, h, w] from the schedule's first level on -> clean latents of that shape, still scaled."""
         with self.call.sampling(schedule.timesteps, guided=conditions.scale != 1) as start_step:
             denoise = Guided(self.unet, conditions, self.call)
+            self.call.predicted = lambda: _clean(denoise, schedule)
             for i, x in enumerate(sampler(denoise, x, schedule, noise), start=1):  # noqa: B020
                 start_step(i)
                 if blend:
@@ -378,7 +380,7 @@ class StableDiffusion:
         width: int | None,
     ) -> tuple[list[Edit], int, int]:
         """What is drawn over, one for each picture or for all, and the size to draw at."""
-        images, masks = one_each(image, count, "init_image"), one_each(mask, count, "mask")
+        images, masks = pictures(image, count, "init_image"), pictures(mask, count, "mask")
         if not images and (masks or outpaint):
             raise ValueError(
                 "a mask says which part of a picture is drawn anew: give init_image too"
@@ -484,6 +486,12 @@ class StableDiffusion:
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
+
+
+def _clean(denoise: Guided, schedule: Schedule) -> Tensor:
+    """The clean latents that the latest prediction comes to."""
+    x, eps, t = denoise.latest
+    return predict_x0(x, eps, schedule.abar_at(t))
 
 
 def _in_tiles(decode: Callable[[Tensor], Tensor], latents: Tensor, tile: int | None) -> Tensor:

@@ -5,6 +5,7 @@ parameter is one line of it, and an argument of that name of `StableDiffusion.ge
 """
 
 import argparse
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import ClassVar, NoReturn
 
 from sd import prompts, samplers, schedules
 from sd.prompt_steps import over_steps
+
+log = logging.getLogger(__name__)
 
 
 class UserError(Exception):
@@ -23,6 +26,17 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists all options)")
+
+
+class Last(argparse.Action):
+    """The last of an option's values holds; that others are not used is said."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            log.warning("%s is given more than once: the last one holds", self.option_strings[-1])
+        setattr(namespace, self.dest, values)
 
 
 # ---- what a value must be: check(name, value) -> the value, or ValueError that says what the parameter takes
@@ -54,9 +68,12 @@ class Whole:
     metavar: ClassVar[str] = "N"
 
     def __call__(self, name: str, value: object) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
+        whole = value.is_integer() if isinstance(value, float) else isinstance(value, int)
+        if not whole or isinstance(value, bool):
+            raise ValueError(f"{name} must be a whole number, not {shown(value)}")
+        if not self.low <= value <= self.high:
             raise ValueError(f"{name} must be from {self.low} to {self.high_text or self.high}, not {shown(value)}")
-        return value
+        return int(value)  # spreadsheets write 20.0
 
 
 @dataclass(frozen=True)
@@ -306,6 +323,8 @@ def add_options(add: Callable[..., object]) -> None:
         options = {"metavar": parameter.metavar or check.metavar, "type": check.kind}
         if type(check) is Choice:
             options = {"metavar": options["metavar"], "choices": check.options}
+        if type(check) is Text and parameter.flag and parameter.own:
+            options |= {"action": Last}
         if type(check) is Switch:
             options = {"action": "store_const", "const": True}
         names = [name for name in (parameter.short, parameter.option) if name]

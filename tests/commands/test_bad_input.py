@@ -85,10 +85,11 @@ def refused(folder, capfd):
         (["--sampler", "dpmpp_2m", "--solver-order", "4"], "solver_order of dpmpp_2m must be from 1 to 3, not 4"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--prompt", "\udcff"], "prompt holds characters that are not Unicode text"),
-        (["--out", "nowhere/x.png"], "there is no folder nowhere"),
+        (["--out", "/dev/null/x.png"], "/dev/null is no folder"),
         (["--out", "."], "is a folder"),
-        (["--out", "x.jpg"], "must end in .png"),
-        (["--out", "/dev/null"], "must end in .png"),
+        (["--out", "x.gif"], "must end in one of .png, .jpg"),
+        (["--out", "/dev/null"], "must end in one of .png, .jpg"),
+        (["--out", "-", "--num-images", "2"], "standard output takes one picture"),
         (["--out", "{index.__class__}.png"], "has the field"),
         (["--out", "x" * 300 + ".png"], "longer than 255 bytes"),
         (["--device", "warp"], "--device: 'warp' cannot be used here"),
@@ -267,7 +268,7 @@ def test_pictures_to_draw_again(refused, tiny_checkpoint):
 
 def test_a_picture_of_another_run_stays(refused, folder):
     assert main(["--prompt", "x", "--steps", "1", "--out", "output-1.png"]) == 0
-    line = refused("--prompt", "y", "--num-images", 2, "--steps", 1)
+    line = refused("--prompt", "y", "--num-images", 2, "--steps", 1, "--out", "output.png")
     assert "output-1.png is there and is another picture (its prompt is 'x', not 'y'); --overwrite" in line
 
 
@@ -309,7 +310,7 @@ def test_a_disk_that_fills_up(folder, small_disk, capfd):
     [
         (["--steps", "0"], "steps must be from 1 to 1000"),
         (["--ckpt", "missing.safetensors"], "missing.safetensors"),
-        (["--out", "nowhere/x.png"], "there is no folder nowhere"),
+        (["--out", "/dev/null/x.png"], "/dev/null is no folder"),
     ],
 )
 def test_as_a_process(folder, arguments, message):

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import uvicorn
@@ -222,6 +223,23 @@ def test_from_a_picture_and_again(client, tiny_checkpoint, tmp_path, monkeypatch
     assert Path("again.png").read_bytes() == png
 
 
+def test_with_a_mask(client, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient("L").resize((64, 64)).save("start.png")
+    shape = Image.new("L", (64, 64))
+    shape.paste(255, (0, 0, 32, 64))
+    shape.save("mask.png")
+    files = {f: base64.b64encode(Path(f"{f}.png").read_bytes()).decode() for f in ("start", "mask")}
+    given = {"steps": 3, "seed": 1, "mask_invert": True, "mask_blur": 2}
+    status, _, png = client.draw(init_image=files["start"], mask=files["mask"], **given)
+    assert status == 200
+    assert {"init_image": "upload", "mask": "upload", "mask_invert": True}.items() <= opened(png).items()
+    Path("drawn.png").write_bytes(png)
+    line = ["--from-png", "drawn.png", "--init-image", "start.png", "--mask", "mask.png", "--out", "again.png"]
+    assert inference.main([*line, "--ckpt", str(tiny_checkpoint)]) == 0
+    assert np.array_equal(np.asarray(Image.open("again.png")), np.asarray(Image.open("drawn.png")))
+
+
 # ---- requests that are wrong
 
 
@@ -242,7 +260,7 @@ def picture(width: int, height: int) -> str:
         ({"prompt": "x", "negative_prompt": "x" * 101}, "negative_prompt must be at most 100"),
         ({"prompt": "x", "steps": 21}, "steps must be at most 20 here, not 21"),
         ({"prompt": "x", "steps": 0}, "steps must be from 1 to 1000"),
-        ({"prompt": "x", "steps": "9"}, "steps must be from 1"),
+        ({"prompt": "x", "steps": "9"}, "steps must be a whole number"),
         ({"prompt": "x", "height": 192}, "height must be at most 128"),
         ({"prompt": "x", "width": 100}, "not a multiple of 64"),
         ({"prompt": "x", "num_images": 4}, "num_images must be at most 3"),
@@ -250,7 +268,10 @@ def picture(width: int, height: int) -> str:
         ({"prompt": "x", "seed": -1}, "seed must be from 0"),
         ({"prompt": "x", "seed": 2**63 - 1, "num_images": 2}, "seed must be from 0"),
         ({"prompt": "x", "sampler": "magic"}, "there are ddpm, ddim"),
-        ({"prompt": "x", "init_image": "", "mask": "/etc/hostname"}, "mask names a file of this machine"),
+        ({"prompt": "x", "mask": "/etc/hostname"}, "init_image names that picture"),
+        ({"prompt": "x", "init_image": picture(8, 8), "mask": "/etc/hostname"}, "mask is not base64"),
+        ({"prompt": "x", "init_image": picture(8, 8), "outpaint": "4000,0,0,0"}, "outpaint: at most"),
+        ({"prompt": "x", "hires": 4, "width": 64}, "hires makes 256 pixels of a side, and at most"),
         ({"prompt": "x", "strength": 2}, "strength must be over 0"),
         ({"prompt": "x", "step": 3}, "no parameter 'step'"),
         ({"prompt": "x", "init_image": 3}, "in base64"),
