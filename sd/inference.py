@@ -36,7 +36,6 @@ from sd.pictures.files import DEFAULT, NAME_FIELDS, Pictures  # noqa: E402
 from sd.pictures.model import ModelChoice, add_model_options, add_speed_options  # noqa: E402
 from sd.pictures.parameters import PARAMETERS, OneLineParser, UserError  # noqa: E402
 from sd.pictures.plan import Picture  # noqa: E402
-from sd.pictures.provenance import fingerprint  # noqa: E402
 from sd.pictures.run import Run, check_init_images, not_there_yet, pictures_of, recalled  # noqa: E402
 from sd.pictures.saving import STDOUT  # noqa: E402
 from sd.pictures.streams import steady  # noqa: E402
@@ -150,7 +149,7 @@ def run(asked: Run, model: ModelChoice) -> None:
     pictures = pictures_of(asked)
     jobs = pictures.jobs.firsts if pictures else ()
     check_init_images(jobs)
-    model.loras()
+    model.check_files()
     with watch("import"):
         import sd.pipeline  # noqa: F401
     checkpoint = model.checkpoint(recorded)
@@ -180,7 +179,7 @@ def left_of(
     pictures: Pictures, asked: Run, checkpoint: Path, model: ModelChoice
 ) -> tuple[Iterator[list[Picture]], int]:
     """Those that are not there yet, some at a time, and how many there may be: the first are known."""
-    same = {"checkpoint_hash": fingerprint(checkpoint), "loras": model.recorded_loras()}
+    same = model.same(checkpoint)
     several = len(pictures) > 1 or asked.prompts_file is not None
     there = 0
     windows = pictures.windows()

@@ -20,12 +20,13 @@ from sd.clip import CLIP
 from sd.config import Config
 from sd.ddpm import predict_x0
 from sd.edits import Edit, edit, larger_size, outpainted_size, outpainting, same_shape, sides
+from sd.embeddings import Words
 from sd.guidance import Call, Conditions, Guided
 from sd.images import to_pil
 from sd.lora import Loras
 from sd.noise import PictureNoise
 from sd.prompt_steps import over_steps
-from sd.prompts import padded, tokenize, weighted
+from sd.prompts import cut, padded, tokenize, weighted
 from sd.request import broadcast, check_numbers, given_latents, pictures
 from sd.samplers import Sampler
 from sd.schedules import Schedule
@@ -107,6 +108,7 @@ class StableDiffusion:
         self.call = Call()
         self.optimizations: list[str] = []
         self.loras = Loras()
+        self.words = Words(config.text.vocab_size)
         self._loaded: dict[str, Stamp] = {}
 
     @classmethod
@@ -183,6 +185,21 @@ class StableDiffusion:
     def remove_loras(self, name: str | None = None) -> None:
         """Take this one or all out again: the weights are the checkpoint's, bit for bit."""
         self.loras.remove(self, name)
+
+    def add_embedding(self, path: str | os.PathLike, word: str | None = None) -> list[str]:
+        """Take up the learned words of a file (textual inversion); returns how they are spelled in prompts.
+
+        AUTOMATIC1111's and diffusers' files. word: what to call the file's only one; None is its own name, or the
+        file's. Raises model_loader.CheckpointError for what is no such file, or is for another text encoder, and
+        ValueError for a word that is there already.
+        """
+        return self.words.add(path, word, self.config.text.width)
+
+    def remove_embeddings(self, word: str | None = None) -> None:
+        """Forget this learned word or all: it is text again."""
+        if word is not None and word not in self.words.words:
+            raise ValueError(f"no learned word {word!r}; there are {', '.join(self.words.words) or 'none'}")
+        self.words.forget(list(self.words.words) if word is None else [word])
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the weights in the original layout as .safetensors, with the configuration in the metadata."""
@@ -290,17 +307,26 @@ class StableDiffusion:
         that make no sense.
         """
         texts, length = [*(negatives or []), *prompts], self.config.text.max_length
-        skip = [] if clip_skip in (None, 1) else [clip_skip - 1]
+        skip = (clip_skip or 1) - 1
+        if syntax == "plain" and not self.words:
+            return self._contexts(self.tokenizer(texts, length), skip)
         if syntax == "plain":
-            return self.clip(self.tokenizer(texts, length).to(self.device), *skip)
-        read = [tokenize(text, self.tokenizer, syntax or "weights", length) for text in texts]
+            return self._contexts(torch.tensor([cut(t, self.tokenizer, length, self.words) for t in texts]), skip)
+        read = [tokenize(text, self.tokenizer, syntax or "weights", length, self.words) for text in texts]
         read = padded(read, self.tokenizer)
         ids = torch.tensor([row for one in read for row in one.ids], dtype=torch.long)
-        context = self.clip(ids.to(self.device), *skip).unflatten(0, (len(texts), -1)).flatten(1, 2)
+        context = self._contexts(ids, skip).unflatten(0, (len(texts), -1)).flatten(1, 2)
         if not any(one.weighted for one in read):
             return context
         weights = [torch.tensor(one.weights).flatten() for one in read]
         return torch.stack([weighted(c, w) if w.ne(1).any() else c for c, w in zip(context, weights, strict=True)])
+
+    def _contexts(self, ids: Tensor, skip: int) -> Tensor:
+        """Ids [B, L] -> contexts [B, L, C]."""
+        ids = ids.to(self.device)
+        if (learned := self.words.used(ids)) is not None:
+            return self.clip(ids, skip, learned)
+        return self.clip(ids, skip) if skip else self.clip(ids)
 
     def sample(
         self,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sd.embeddings import Words
     from sd.tokenizer import Tokenizer
 
 SYNTAXES = ("weights", "a1111", "plain")
@@ -159,8 +160,13 @@ class Tokens:
         return any(weight != 1.0 for row in self.weights for weight in row)
 
 
-def tokenize(text: str, tokenizer: Tokenizer, syntax: str = "weights", length: int = 77) -> Tokens:
-    """In chunks of `length`: 75 tokens between start and end, padded with ends. Raises ValueError as `parse` does."""
+def tokenize(
+    text: str, tokenizer: Tokenizer, syntax: str = "weights", length: int = 77, words: Words | None = None
+) -> Tokens:
+    """In chunks of `length`: 75 tokens between start and end, padded with ends. Raises ValueError as `parse` does.
+
+    words: learned ones, whose vectors stay in one chunk. In the plain syntax there is one, and what is over is told.
+    """
     most = length - 2
     comma = tokenizer.encode(",")[1]
     chunks: list[list[tuple[int, float]]] = [[]]
@@ -168,15 +174,22 @@ def tokenize(text: str, tokenizer: Tokenizer, syntax: str = "weights", length: i
         if piece is BREAK:
             chunks.append([])
             continue
-        words, weight = piece
-        for token in tokenizer.encode(words)[1:-1]:
-            if len(chunks[-1]) == most:
+        spelled, weight = piece
+        groups = words.groups(spelled, tokenizer) if words else ([id] for id in tokenizer.encode(spelled)[1:-1])
+        for group in groups:
+            if len(chunks[-1]) + len(group) > most:
                 chunks.append(_carried(chunks[-1], comma))
-            chunks[-1].append((token, weight))
+            chunks[-1] += [(token, weight) for token in group]
     start, end = tokenizer.start_id, tokenizer.end_id
     ids = [[start, *(token for token, _ in chunk), *[end] * (most + 1 - len(chunk))] for chunk in chunks]
     weights = [[1.0, *(weight for _, weight in chunk), *[1.0] * (most + 1 - len(chunk))] for chunk in chunks]
     return Tokens(ids, weights)
+
+
+def cut(text: str, tokenizer: Tokenizer, length: int, words: Words) -> list[int]:
+    """The plain syntax with learned words: one chunk, and what is over is told."""
+    ids = (token for group in words.groups(text, tokenizer) for token in group)
+    return tokenizer.fit([tokenizer.start_id, *ids, tokenizer.end_id], length)
 
 
 def _carried(full: list[tuple[int, float]], comma: int) -> list[tuple[int, float]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sd.checkpoints.errors import CheckpointError, damaged, naming, some
 from sd.checkpoints.layouts import with_text_level
-from sd.checkpoints.pickles import read_legacy, read_zip
+from sd.checkpoints.pickles import legacy_content, read_legacy, read_zip, zip_content
 
 _HEAD_BYTES = 512
 
@@ -32,6 +32,15 @@ def open_checkpoint(path: Path) -> Opened:
     with damaged("a damaged checkpoint; fetch it again"):
         opened = _reader(head)(path)
     return replace(opened, tensors=with_text_level(opened.tensors))
+
+
+def open_content(path: Path) -> object:
+    """What a safetensors file or a pickle holds, as it is. Raises CheckpointError without the path."""
+    head = _head(path)
+    with damaged("a damaged file; fetch it again"):
+        if (reader := _reader(head)) is _read_safetensors:
+            return _read_safetensors(path).tensors
+        return zip_content(path) if reader is _read_zip else legacy_content(path)
 
 
 def _head(path: Path) -> bytes:

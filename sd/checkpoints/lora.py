@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sd.checkpoints.embedding import vectors_of
 from sd.checkpoints.errors import CheckpointError, StrPath, naming, some
 from sd.checkpoints.files import open_checkpoint
 from sd.clip import CLIP
@@ -169,6 +170,8 @@ def _adapter(tensors: Tensors, metadata: Mapping[str, str], unet: UNet, clip: CL
     if not changes:
         raise CheckpointError(f"changes no layer of this model: {some(grouped)}")
     _check_shapes(changes, {"unet": unet, "clip": clip})
+    width = clip.embeddings.token_embedding.embedding_dim
+    words = {word: vectors_of(word, tensor, width) for word, tensor in words.items()}
     return Adapter(changes, words, metadata, tuple(unknown))
 
 
