@@ -1,12 +1,13 @@
 """Hints for ControlNets out of pictures: what a `canny` one was trained to see, for example.
 
-Needs no torch; OpenCV is imported by what needs it.
+Needs no torch; Pillow and OpenCV are imported by what needs them.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image, ImageOps
+if TYPE_CHECKING:
+    from PIL import Image
 
 PREPROCESSORS = ("none", "canny", "invert")
 """none: the picture is a hint already. canny: white edges on black (OpenCV). invert: of a drawing in black on white,
@@ -28,8 +29,11 @@ def one_each(names: Sequence[str] | str | None, controls: int) -> list[str]:
     return names * controls if len(names) == 1 else names
 
 
-def preprocessed(picture: Image.Image, name: str) -> Image.Image:
+def preprocessed(picture: "Image.Image", name: str) -> "Image.Image":
     """A hint out of an RGB picture. Raises ValueError where OpenCV is not installed."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
     if name == "canny":
         return Image.fromarray(_opencv().Canny(np.asarray(picture), *CANNY)).convert("RGB")
     return ImageOps.invert(picture) if name == "invert" else picture

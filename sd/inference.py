@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 from sd import samplers  # noqa: E402
 from sd.pictures import drawing, parameters  # noqa: E402
+from sd.pictures.controls import check_controls, load_controls  # noqa: E402
 from sd.pictures.files import NAME_FIELDS  # noqa: E402
 from sd.pictures.model import ModelChoice, add_model_options, add_speed_options  # noqa: E402
 from sd.pictures.parameters import PARAMETERS, OneLineParser, UserError  # noqa: E402
@@ -131,6 +132,7 @@ def run(asked: Run, model: ModelChoice) -> None:
     asked, model, recorded = recalled(asked, model) if asked.from_png else (asked, model, {})
     pictures = pictures_of(asked)
     check_init_images(pictures)
+    check_controls(job for job, _ in pictures)
     model.loras()
     with watch("import"):
         import sd.pipeline  # noqa: F401
@@ -148,6 +150,7 @@ def run(asked: Run, model: ModelChoice) -> None:
     if asked.save_quantized:
         save_quantized(pipe, asked.save_quantized)
     drawing.check_sizes(pipe, left)
+    load_controls(pipe, (job for job, _ in left))
     drawing.draw_all(pipe, left, model.facts(pipe, checkpoint), watch, asked.batch_size, asked.place)
     print(watch)
 

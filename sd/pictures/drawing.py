@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd.config import Config
+from sd.pictures.controls import controls_of, recorded_controls
 from sd.pictures.parameters import UserError, recorded
 from sd.pictures.plan import Job, Picture, draw_in_batches, groups
 
@@ -48,6 +49,9 @@ def draw_batch(
     own = {one.name: [getattr(job, one.name) for job in jobs] for one in recorded() if one.own}
     shared = {one.name: getattr(jobs[0], one.name) for one in recorded() if not one.own}
     arguments = {**own, **shared, "init_image": init_image, "mask": mask}
+    if jobs[0].control:
+        arguments["control"] = controls_of(pipe, jobs[0].control)
+        origin = {**(origin or {}), **recorded_controls(jobs[0].control)}
     images = pipe.generate(arguments.pop("prompt"), **arguments, on_step=on_step)
     for place, (image, job) in enumerate(zip(images, jobs, strict=True)):
         image.info |= {**job.parameters(), **(origin or {}), "batch": [place, len(images)]}
