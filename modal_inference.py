@@ -434,7 +434,7 @@ def plan_file(path: str, shared: dict[str, object], folder: Path, ckpt: str, ove
     shared = dict(shared)
     first_seed = shared.pop("seed", 0)
     jobs = plan(read_prompts(path), shared, first_seed)
-    for job, one in ((job, one) for job in jobs for one in parameters.recorded() if one.file):
+    for job, one in ((job, one) for job in jobs for one in parameters.recorded() if one.file or one.local):
         if job.values[one.name] is not None:
             raise UserError(f"{job.where}: {one.name} is a file of this machine; draw it with sd/inference.py")
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,31 @@ import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, float], Tensor]
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A network: predict(x [B, C, H, W], t [], context [B, S, C]) -> the noise in x."""
+Predict = Callable[..., Tensor]
+"""A network: predict(x [B, C, H, W], t [], context [B, S, C], *residuals) -> the noise in x."""
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Another network, whose answers are added inside the first: a ControlNet (sd/controlnet.py).
+
+    network(x, t, context, hint) -> tensors of batch B. hint: what it is told beside, [1 or b, C, H, W] for b pictures,
+    which both halves of a batch hold. weight: its answers are multiplied by it. start, end: it answers in the steps
+    that lie wholly between these fractions of them.
+    """
+
+    network: Callable[..., Sequence[Tensor]]
+    hint: Tensor
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def hold(self, call: "Call") -> bool:
+        return call.step / call.steps >= self.start and (call.step + 1) / call.steps <= self.end
+
+    def __call__(self, x: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
+        hint = self.hint.repeat(len(x) // len(self.hint), 1, 1, 1)
+        return [self.weight * answer for answer in self.network(x, t, context, hint)]
 
 
 @dataclass(frozen=True)
@@ -21,13 +44,14 @@ class Conditions:
 
     context: [2B, S, C], the unconditional half first, then the conditional one; at scale 1 it is only that, [B, S, C].
     scale: of the guidance. by_step: the context of each step, where it changes; where it stays, the same object.
-    beside: channels that the network takes after those of the latents, [1 or B, c, H, W].
+    beside: channels that the network takes after those of the latents, [1 or B, c, H, W]. residuals: of other networks.
     """
 
     context: Tensor
     scale: float
     by_step: tuple[Tensor, ...] = ()
     beside: Tensor | None = None
+    residuals: tuple[Residuals, ...] = ()
 
     def context_at(self, step: int) -> Tensor:
         return self.by_step[min(step, len(self.by_step) - 1)] if self.by_step else self.context
@@ -100,10 +124,17 @@ class Guided:
         scale, context = self.conditions.scale, self.conditions.context_at(self.call.step)
         given = self._with_beside(x).to(context.dtype)
         if scale == 1:
-            return self.predict(given, t, context).to(x.dtype)
+            return self.predict(given, t, context, *self._residuals(given, t, context)).to(x.dtype)
+        both = torch.cat([given, given])
+        residuals = self._residuals(both, t, context)
         with self.call.halves(alike=True):
-            uncond, cond = self.predict(torch.cat([given, given]), t, context).to(x.dtype).chunk(2)
+            uncond, cond = self.predict(both, t, context, *residuals).to(x.dtype).chunk(2)
         return uncond + scale * (cond - uncond)
+
+    def _residuals(self, x: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
+        """Of all networks that answer at this step, added up."""
+        found = [one(x, t, context) for one in self.conditions.residuals if one.hold(self.call)]
+        return [sum(rest, start=first) for first, *rest in zip(*found, strict=True)]
 
     def _with_beside(self, x: Tensor) -> Tensor:
         beside = self.conditions.beside

@@ -32,6 +32,7 @@ if __name__ == "__main__":
 
 from sd import samplers  # noqa: E402
 from sd.pictures import drawing, parameters  # noqa: E402
+from sd.pictures.controls import check_controls, load_controls  # noqa: E402
 from sd.pictures.files import DEFAULT, NAME_FIELDS, Pictures  # noqa: E402
 from sd.pictures.model import ModelChoice, add_model_options, add_speed_options  # noqa: E402
 from sd.pictures.parameters import PARAMETERS, OneLineParser, UserError  # noqa: E402
@@ -149,6 +150,7 @@ def run(asked: Run, model: ModelChoice) -> None:
     pictures = pictures_of(asked)
     jobs = pictures.jobs.firsts if pictures else ()
     check_init_images(jobs)
+    check_controls(jobs)
     model.check_files()
     with watch("import"):
         import sd.pipeline  # noqa: F401
@@ -166,6 +168,7 @@ def run(asked: Run, model: ModelChoice) -> None:
     if asked.save_quantized:
         save_quantized(pipe, asked.save_quantized)
     drawing.check_sizes(pipe, jobs)
+    load_controls(pipe, jobs)
     how = drawing.Draw(model.facts(pipe, checkpoint), asked.save, out, asked.watching, asked.batch_size, asked.place)
     failed = drawing.draw_all(pipe, windows, count, how, watch)
     print(watch, file=out)

@@ -7,13 +7,14 @@ are converted tensor by tensor. Module names are the checkpoint's names after th
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sd.checkpoints.controlnet import DIFFERENCE, names_in
 from sd.checkpoints.errors import CheckpointError, StrPath, damaged, naming, some
 from sd.checkpoints.files import Opened, open_checkpoint, written
 from sd.checkpoints.layouts import PREFIXES, TOKEN_IDS, TOKEN_TABLE, ema_name
@@ -21,12 +22,13 @@ from sd.checkpoints.mapped import drop_pages
 from sd.checkpoints.saving import save
 from sd.checkpoints.shapes import config_of
 from sd.clip import CLIP
-from sd.config import Config
+from sd.config import Config, UNetConfig
+from sd.controlnet import ControlNet
 from sd.models import build
 from sd.unet import UNet
 from sd.vae import VAE
 
-__all__ = ["CheckpointError", "Source", "load", "read_state_dict", "read_weights", "save"]
+__all__ = ["CheckpointError", "Source", "load", "load_controlnet", "read_state_dict", "read_weights", "save"]
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +121,44 @@ def read_weights(
         wanted = {name: every[name] for name in names}
         _check(opened, wanted.values())
         return _state(opened, wanted, torch.device(device), source.dtype)
+
+
+def load_controlnet(
+    path: StrPath,
+    config: UNetConfig,
+    unet_weights: Callable[[Collection[str]], dict[str, Tensor]],
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> ControlNet:
+    """A ControlNet beside a UNet of this configuration, in eval mode; what is left over in the file is logged.
+
+    unet_weights(names): the UNet's own, to which a file that holds differences is added.
+
+    Raises CheckpointError if the file is none for this UNet, or holds other than finite numbers.
+    """
+    with naming(path):
+        opened = open_checkpoint(Path(path))
+        with torch.device("meta"):
+            net = ControlNet(config)
+        names = names_in(opened.tensors, net)
+        wanted = {name: (names[name], tensor.shape) for name, tensor in net.state_dict().items()}
+        _check(opened, wanted.values())
+        differs = DIFFERENCE in opened.tensors
+        state = _state(opened, wanted, torch.device(device), torch.float32 if differs else dtype)
+        if left := sorted(opened.tensors.keys() - set(names.values()) - {DIFFERENCE}):
+            log.warning("%s: left out, since they are no part of a ControlNet: %s", Path(path).name, some(left, 8))
+    if differs:
+        state = {name: tensor.to(dtype) for name, tensor in _added(state, net, unet_weights).items()}
+    net.load_state_dict(state, strict=True, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def _added(state: dict[str, Tensor], net: ControlNet, unet_weights: Callable) -> dict[str, Tensor]:
+    """Differences with the UNet's weights; of an inpainting one, those that see latents."""
+    own = unet_weights([name for name in state if name.startswith(("time_embed.", "input_blocks.", "middle_block."))])
+    first = "input_blocks.0.0.weight"
+    own[first] = own[first][:, : net.in_channels]
+    return state | {name: state[name] + weight.float() for name, weight in own.items()}
 
 
 def _build_checked(config: Config) -> tuple[CLIP, UNet, VAE]:

@@ -18,6 +18,8 @@ from sd import model_loader, samplers, schedules
 from sd.checkpoints.stamps import Stamp
 from sd.clip import CLIP
 from sd.config import Config
+from sd.controlnet import Control
+from sd.controls import ControlNets
 from sd.ddpm import predict_x0
 from sd.edits import Edit, edit, larger_size, outpainted_size, outpainting, same_shape, sides
 from sd.embeddings import Words
@@ -109,6 +111,7 @@ class StableDiffusion:
         self.optimizations: list[str] = []
         self.loras = Loras()
         self.words = Words(config.text.vocab_size)
+        self.controlnets = ControlNets()
         self._loaded: dict[str, Stamp] = {}
 
     @classmethod
@@ -201,6 +204,18 @@ class StableDiffusion:
             raise ValueError(f"no learned word {word!r}; there are {', '.join(self.words.words) or 'none'}")
         self.words.forget(list(self.words.words) if word is None else [word])
 
+    def add_control(self, path: str | os.PathLike) -> str:
+        """Load a ControlNet's file; returns the name by which a `Control` is one of it, for `generate`.
+
+        The original layout, diffusers', fp16, and files of differences to SD 1.5's weights. Optimizations may be on or
+        come later. Raises model_loader.CheckpointError for a file that is none, or for another UNet.
+        """
+        return self.controlnets.add(self, os.fspath(path))
+
+    def remove_controls(self, name: str | None = None) -> None:
+        """Let this one or all go, and their memory."""
+        self.controlnets.remove(name)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the weights in the original layout as .safetensors, with the configuration in the metadata."""
         model_loader.save(path, self.config, self.clip, self.unet, self.vae)
@@ -231,6 +246,8 @@ class StableDiffusion:
         outpaint: str | Sequence[int] | None = None,
         hires: float | None = None,
         hires_strength: float = 0.5,
+        control: Sequence[Control] | None = None,
+        control_preprocess: Sequence[str] | str | None = None,
         latents: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> list[Image.Image]:
@@ -245,6 +262,8 @@ class StableDiffusion:
             so many pixels around it, and put back into init_image, which keeps its size.
         outpaint: pixels that init_image grows by to the left, top, right and bottom, as numbers or `64,0,64,0`.
         hires: draw the picture again so many times as large, noised by `hires_strength`; the VAE works in tiles.
+        control: ControlNets with what they are shown, how much that counts, and when. control_preprocess: what makes
+            hints of their pictures, one of sd/hints.py for all or for each; None takes them as they are.
         sampler, schedule: names of samplers.SAMPLERS and schedules.SCHEDULES, also as `DPM++ 2M Karras`; a schedule of
             None is the sampler's own. eta, s_noise, solver_order: what it takes beside, None for its own.
         prompt_syntax: "weights", in which (text:1.3) counts 1.3 times, "a1111" or "plain" (sd/prompts.py); None is the
@@ -260,6 +279,7 @@ class StableDiffusion:
         edits, height, width = self._edits(
             len(prompts), init_image, mask, mask_invert, mask_blur, mask_padding, outpaint, height, width
         )
+        self.controlnets.check(control or (), control_preprocess)
         if hires and (mask is not None or outpaint):
             raise ValueError("hires draws all of a picture again: it cannot be given with a mask or outpaint")
         asked_for = {"eta": eta, "s_noise": s_noise, "solver_order": solver_order}
@@ -269,6 +289,7 @@ class StableDiffusion:
         with self._timed("text"):
             conditions = self._conditions(prompts, negatives, cfg_scale, steps, prompt_syntax, clip_skip)
         draw = partial(self._draw, conditions=conditions, sampler=chosen, levels=levels, seeds=seeds, on_step=on_step)
+        draw = partial(draw, control=control or (), preprocess=control_preprocess)
         images = draw(edits, height, width, strength=strength, latents=latents)
         if hires:
             larger = [Edit(image) for image in images]
@@ -439,6 +460,8 @@ class StableDiffusion:
         levels: Schedule,
         seeds: Sequence[int],
         on_step: OnStep | None,
+        control: Sequence[Control],
+        preprocess: Sequence[str] | str | None,
         latents: Tensor | None = None,
         tile: int | None = None,
     ) -> list[Image.Image]:
@@ -450,6 +473,10 @@ class StableDiffusion:
         with self._timed("encode") if edits or self._inpaints else nullcontext():
             start = self._start(edits, height, width, noise, levels, strength, latents, tile)
         conditions = replace(conditions, by_step=conditions.by_step[-len(levels) :], beside=start.beside)
+        if control:
+            with self._timed("control"):
+                residuals = self.controlnets.residuals(self, control, preprocess, edits, shape[1:])
+            conditions = replace(conditions, residuals=residuals)
         with self._timed("denoise"):
             x = self.sample(start.x, conditions, sampler, levels, noise, on_step, start.blend)
         with self._timed("decode"):

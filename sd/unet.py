@@ -5,6 +5,7 @@ Axes: B batch, C channels, H W grid, L = H*W positions, S text tokens.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -178,14 +179,9 @@ class UNet(nn.Module):
         super().__init__()
         self.model_channels = cfg.model_channels
         emb_dim = 4 * cfg.model_channels
-        self.time_embed = nn.Sequential(nn.Linear(cfg.model_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.input_blocks, skips = _input_blocks(cfg, emb_dim)
-        lowest = skips[-1]
-        self.middle_block = Block(
-            ResBlock(lowest, lowest, emb_dim, cfg.norm_groups),
-            SpatialTransformer(lowest, cfg),
-            ResBlock(lowest, lowest, emb_dim, cfg.norm_groups),
-        )
+        self.time_embed = time_embed(cfg.model_channels, emb_dim)
+        self.input_blocks, skips = input_blocks(cfg, emb_dim)
+        self.middle_block = middle_block(cfg, emb_dim, skips[-1])
         self.output_blocks = _output_blocks(cfg, emb_dim, skips)
         highest = cfg.model_channels * cfg.channel_mult[0]
         self.out = nn.Sequential(
@@ -194,11 +190,12 @@ class UNet(nn.Module):
             nn.Conv2d(highest, cfg.out_channels, 3, padding=1),
         )
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, *residuals: Tensor) -> Tensor:
         """Predict the noise in x.
 
         x [B, in_channels, H, W] with H and W divisible by the configuration's `downsampling`; t [B] or [], the
-        timestep from 0 to 999; context [B, S, context_dim] -> eps [B, out_channels, H, W].
+        timestep from 0 to 999; context [B, S, context_dim] -> eps [B, out_channels, H, W]. residuals: what ControlNets
+        found (sd/controlnet.py), one for each of input_blocks and one for middle_block, of the shapes of their outputs.
         """
         emb = self.time_embed(timestep_embedding(t.expand(x.shape[0]), self.model_channels).to(x.dtype))
         skips = []
@@ -206,12 +203,31 @@ class UNet(nn.Module):
             x = block(x, emb, context)
             skips.append(x)
         x = self.middle_block(x, emb, context)
+        if residuals:
+            x, skips = with_residuals(x, skips, residuals)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), emb, context)
         return self.out(x)
 
 
-def _input_blocks(cfg: UNetConfig, emb_dim: int) -> tuple[nn.ModuleList, list[int]]:
+def with_residuals(x: Tensor, skips: Sequence[Tensor], residuals: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The middle block's output and the skips, each with its residual added; the middle's is the last."""
+    return x + residuals[-1], [skip + more for skip, more in zip(skips, residuals[:-1], strict=True)]
+
+
+def time_embed(channels: int, emb_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+
+
+def middle_block(cfg: UNetConfig, emb_dim: int, channels: int) -> Block:
+    return Block(
+        ResBlock(channels, channels, emb_dim, cfg.norm_groups),
+        SpatialTransformer(channels, cfg),
+        ResBlock(channels, channels, emb_dim, cfg.norm_groups),
+    )
+
+
+def input_blocks(cfg: UNetConfig, emb_dim: int) -> tuple[nn.ModuleList, list[int]]:
     """The way down, and the channels of every block's output: the skip connections."""
     blocks = [Block(nn.Conv2d(cfg.in_channels, cfg.model_channels, 3, padding=1))]
     skips = [cfg.model_channels]

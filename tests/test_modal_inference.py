@@ -129,6 +129,7 @@ def test_mistakes_are_one_line_and_start_nothing(loopback, arguments, words):
         ({"prompt": "x", "max_containers": 0}, "at least 1"),
         ({"prompts_file": "bad.jsonl"}, "bad.jsonl line 2: steps"),
         ({"prompts_file": "image.jsonl"}, "image.jsonl line 1: init_image"),
+        ({"prompts_file": "control.jsonl"}, "control.jsonl line 1: control is a file of this machine"),
         ({"prompts_file": "other.txt"}, "is another picture"),
     ],
 )
@@ -137,6 +138,7 @@ def test_more_mistakes(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     Path("bad.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "steps": 0}\n')
     Path("image.jsonl").write_text('{"prompt": "x", "init_image": "a.png"}\n')
+    Path("control.jsonl").write_text('{"prompt": "x", "control": "n.safetensors:a.png"}\n')
     Path("other.txt").write_text("a fox\n")
     Path("pictures").mkdir()
     Path("pictures/00001-0.png").write_bytes(b"somebody's")
@@ -229,6 +231,7 @@ def test_the_flags_are_those_of_the_table():
     """All but what names a file of this machine; and what is not named is the library's default."""
     flags = flags_of(modal_inference.main.info.raw_f)
     of_files = {"init_image", "strength", "mask", "mask_blur", "mask_invert", "mask_padding", "outpaint"}
+    of_files |= {"control", "control_preprocess"}
     of_pictures = {name: (one.check.kind | None, None) for name, one in PARAMETERS.items() if name not in of_files}
     assert of_pictures.items() <= flags.items()
     assert not {*of_files, "given"} & set(flags)

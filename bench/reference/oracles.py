@@ -4,13 +4,25 @@ The conversion is diffusers' own, so that a mistake in our names cannot cancel o
 """
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.loaders.single_file_utils import (
+    convert_controlnet_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sd.checkpoints.layouts import PREFIXES
 from sd.clip import CLIP
 from sd.config import TextConfig, UNetConfig, VAEConfig
+from sd.controlnet import ControlNet
 from sd.pipeline import DATA, StableDiffusion
 from sd.unet import UNet
 from sd.vae import VAE
@@ -53,6 +65,24 @@ def diffusers_unet(unet: UNet, cfg: UNetConfig) -> UNet2DConditionModel:
     with torch.device("meta"):
         oracle = UNet2DConditionModel(**config)
     oracle.load_state_dict(convert_ldm_unet_checkpoint(weights, config), strict=True, assign=True)
+    return oracle.eval().requires_grad_(False)
+
+
+def diffusers_controlnet(net: ControlNet, cfg: UNetConfig) -> ControlNetModel:
+    attends = [level in cfg.attention_levels for level in range(len(cfg.channel_mult))]
+    config = {
+        "in_channels": cfg.out_channels,
+        "block_out_channels": [cfg.model_channels * mult for mult in cfg.channel_mult],
+        "layers_per_block": cfg.num_res_blocks,
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "cross_attention_dim": cfg.context_dim,
+        "attention_head_dim": cfg.num_heads,  # the number of heads, as in the UNet
+        "norm_num_groups": cfg.norm_groups,
+        "transformer_layers_per_block": cfg.transformer_depth,
+    }
+    with torch.device("meta"):
+        oracle = ControlNetModel(**config)
+    oracle.load_state_dict(convert_controlnet_checkpoint(net.state_dict(), config), strict=True, assign=True)
     return oracle.eval().requires_grad_(False)
 
 
@@ -100,7 +130,7 @@ def transformers_clip(clip: CLIP, cfg: TextConfig) -> CLIPTextModel:
     return oracle.eval().requires_grad_(False)
 
 
-def diffusers_pipeline(pipe: StableDiffusion, scheduler, kind: type = StableDiffusionPipeline):
+def diffusers_pipeline(pipe: StableDiffusion, scheduler, kind: type = StableDiffusionPipeline, **others):
     """diffusers' pipeline of some kind over the weights of ours, on its device, with a scheduler of diffusers'."""
     vocabulary = {"vocab": str(DATA / "vocab.json"), "merges": str(DATA / "merges.txt")}
     theirs = kind(
@@ -112,6 +142,7 @@ def diffusers_pipeline(pipe: StableDiffusion, scheduler, kind: type = StableDiff
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+        **others,
     )
     theirs.set_progress_bar_config(disable=True)
     return theirs

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sd.checkpoints.layouts import PREFIXES, ema_name
 from sd.clip import CLIP
 from sd.config import Config, TextConfig, UNetConfig, VAEConfig
+from sd.controlnet import ControlNet
 from sd.models import build
 from sd.pipeline import StableDiffusion
 from sd.unet import UNet
@@ -51,6 +52,16 @@ def random_models(config: Config, seed: int = 0, dtype: torch.dtype = torch.floa
         model.load_state_dict(state, assign=True)
         model.eval().requires_grad_(False)
     return models
+
+
+def random_controlnet(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> ControlNet:
+    """A ControlNet beside such a UNet, whose zero convolutions are not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        net = ControlNet(config.unet)
+    state = {name: _random(name, t.shape, generator).to(dtype) for name, t in net.state_dict().items()}
+    net.load_state_dict(state, assign=True)
+    return net.eval().requires_grad_(False)
 
 
 def tiny_pipeline(dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> StableDiffusion:

@@ -248,7 +248,7 @@ def _weighted(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if getattr(m, "weight", None) is not None and m.weight.ndim >= 2]
 
 
-_RESNET = {
+RESNET = {
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
     "out_layers.3": "conv2",
@@ -259,7 +259,7 @@ _ENDS = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedd
 
 def diffusers_paths(unet: UNet) -> dict[str, str]:
     """Our path of each layer with a weight of two axes or more -> diffusers'."""
-    blocks = dict(_diffusers_blocks(unet))
+    blocks = dict(diffusers_blocks(unet))
     found = {}
     for path in _weighted(unet):
         block = next((block for block in blocks if path.startswith(f"{block}.")), None)
@@ -267,16 +267,16 @@ def diffusers_paths(unet: UNet) -> dict[str, str]:
             found[path] = _ENDS.get(path, "conv_in")
         else:
             inner = path[len(block) + 1 :]
-            found[path] = f"{blocks[block]}.{_RESNET.get(inner, 'conv' if inner in ('op', 'conv') else inner)}"
+            found[path] = f"{blocks[block]}.{RESNET.get(inner, 'conv' if inner in ('op', 'conv') else inner)}"
     return found
 
 
-def _diffusers_blocks(unet: UNet) -> Iterator[tuple[str, str]]:
-    """Our path of each residual block, transformer and change of size -> diffusers'."""
+def diffusers_blocks(unet: nn.Module) -> Iterator[tuple[str, str]]:
+    """Our path of each residual block, transformer and change of size -> diffusers'. A ControlNet has no way up."""
     kinds = {ResBlock: "resnets", SpatialTransformer: "attentions", Downsample: "downsamplers", Upsample: "upsamplers"}
     for side, stem in (("input_blocks", "down_blocks"), ("output_blocks", "up_blocks")):
         level, counts = 0, {}
-        for i, block in enumerate(getattr(unet, side)):
+        for i, block in enumerate(getattr(unet, side, ())):
             for j, layer in enumerate(block):
                 kind = next((name for plain, name in kinds.items() if isinstance(layer, plain)), None)
                 if kind is None:

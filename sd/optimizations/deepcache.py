@@ -1,19 +1,20 @@
 """The deep levels of the UNet at every N-th step only (Ma et al. 2023, "DeepCache")."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
 from sd.guidance import Call
 from sd.optimizations.base import Patch, Stage, at_least, keep, optimization
 from sd.optimizations.staged_unet import StagedUNet
+from sd.unet import with_residuals
 
 
 class DeepFeatures:
     """Runs the deep levels only at every `interval`-th step (Ma et al. 2023, "DeepCache").
 
     In between it runs the `SHALLOW` outermost blocks on each side, which see the new latents, and gives them what the
-    deep levels made of earlier ones.
+    deep levels made of earlier ones. So do residuals of ControlNets: those of the deep levels with these.
     """
 
     SHALLOW = 1
@@ -34,20 +35,31 @@ class DeepFeatures:
         """Whether a call takes what an earlier one has left."""
         return self.between and not call.anew
 
-    def __call__(self, unet: StagedUNet, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def __call__(self, unet: StagedUNet, x: Tensor, emb: Tensor, context: Tensor, *residuals: Tensor) -> Tensor:
         """Latents x to the last output block's features."""
         shape, border = tuple(x.shape), len(unet.output_blocks) - self.SHALLOW
         skips: list[Tensor] = []
         x = unet.down(x, emb, context, skips, 0, self.SHALLOW)
         if not (self.reuses(self.call) and shape in self.features):
-            keep(self.features, shape, self._deep(unet, x, emb, context, list(skips), border))
+            keep(self.features, shape, self._deep(unet, x, emb, context, list(skips), border, residuals))
+        if residuals:
+            skips = [skip + more for skip, more in zip(skips, residuals[: self.SHALLOW], strict=True)]
         return unet.up(self.features[shape], emb, context, skips, border, len(unet.output_blocks))
 
     def _deep(
-        self, unet: StagedUNet, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor], border: int
+        self,
+        unet: StagedUNet,
+        x: Tensor,
+        emb: Tensor,
+        context: Tensor,
+        skips: list[Tensor],
+        border: int,
+        residuals: Sequence[Tensor],
     ) -> Tensor:
         x = unet.down(x, emb, context, skips, self.SHALLOW, len(unet.input_blocks))
         x = unet.middle_block(x, emb, context)
+        if residuals:
+            x, skips = with_residuals(x, skips, residuals)
         return unet.up(x, emb, context, skips, 0, border)
 
 

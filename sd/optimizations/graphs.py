@@ -178,18 +178,22 @@ class GraphedLoop:
         if conditions.by_step:  # what is derived from the text is brought up to date between calls
             return self.sample(x, conditions, sampler, schedule, noise, on_step, blend)
         told = [name for name in ("context", "beside") if getattr(conditions, name) is not None]
+        hints = [one.hint for one in conditions.residuals]
         kept = ("clean", "noise", "mask") if blend else ()
 
         def loop(x: Tensor, draws: Tensor, *given: Tensor) -> list[Tensor]:
             steps: list[Tensor] = []
-            here = replace(conditions, **dict(zip(told, given, strict=False)))
-            keep = blend and replace(blend, **dict(zip(kept, given[len(told) :], strict=True)))
+            rest = iter(given)
+            here = replace(conditions, **{name: next(rest) for name in told})
+            here = replace(here, residuals=tuple(replace(one, hint=next(rest)) for one in conditions.residuals))
+            keep = blend and replace(blend, **{name: next(rest) for name in kept})
             self.sample(x, here, sampler, schedule, Drawn(draws), lambda i, n, x: steps.append(x), keep)
             return steps
 
-        given = [getattr(conditions, name) for name in told] + [getattr(blend, name) for name in kept]
+        given = [getattr(conditions, name) for name in told] + hints + [getattr(blend, name) for name in kept]
         inputs = (x, AsyncNoise(noise).draw(count_draws(sampler, schedule), x), *given)
-        key = (_shapes(inputs), *told, conditions.scale, sampler, schedule, blend and blend.schedule)
+        others = tuple((one.network, one.weight, one.start, one.end) for one in conditions.residuals)
+        key = (_shapes(inputs), *told, others, conditions.scale, sampler, schedule, blend and blend.schedule)
         self.done.refresh(conditions.context)  # first, since weights that are packed anew move
         recording = self.recordings.get(key, loop, inputs)
         for place, value in zip(recording.inputs, inputs, strict=True):

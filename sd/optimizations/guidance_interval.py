@@ -40,13 +40,13 @@ class GuidanceInterval:
         return self.conditional
 
     def around(self, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def forward(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        def forward(x: Tensor, t: Tensor, context: Tensor, *residuals: Tensor) -> Tensor:
             anew = self._begins_or_ends()
             if self.inside(self.call):
                 with self.call.halves(self.call.halves_alike, anew):
-                    return predict(x, t, context)
+                    return predict(x, t, context, *residuals)
             with self.call.halves(alike=False, anew=anew):
-                eps = predict(x.chunk(2)[1], t, self.conditional)
+                eps = predict(x.chunk(2)[1], t, self.conditional, *(r.chunk(2)[1] for r in residuals))
             return torch.cat([eps, eps])
 
         return forward

@@ -5,14 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sd.unet import UNet, timestep_embedding
+from sd.unet import UNet, timestep_embedding, with_residuals
 
 
 class StagedUNet(UNet):
     """The plain forward, with `time_table` in place of the timestep's embedding and `deep` of the levels, if set."""
 
     time_table: Callable[[Tensor], Tensor] | None = None
-    deep: "Callable[[StagedUNet, Tensor, Tensor, Tensor], Tensor] | None" = None
+    deep: Callable[..., Tensor] | None = None
 
     @property
     def kernel(self) -> str:
@@ -20,13 +20,15 @@ class StagedUNet(UNet):
         parts = {"timestep from a table": self.time_table, "deep features kept": self.deep}
         return ", ".join(name for name, part in parts.items() if part is not None)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, *residuals: Tensor) -> Tensor:
         emb = self._embed(t, x)
         if self.deep is not None:
-            return self.out(self.deep(self, x, emb, context))
+            return self.out(self.deep(self, x, emb, context, *residuals))
         skips: list[Tensor] = []
         x = self.down(x, emb, context, skips, 0, len(self.input_blocks))
         x = self.middle_block(x, emb, context)
+        if residuals:
+            x, skips = with_residuals(x, skips, residuals)
         return self.out(self.up(x, emb, context, skips, 0, len(self.output_blocks)))
 
     def _embed(self, t: Tensor, x: Tensor) -> Tensor:

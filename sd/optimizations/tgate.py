@@ -34,15 +34,15 @@ class Gate:
         return KEEPING if call.step == self.step - 1 else CLOSED
 
     def around_predict(self, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def forward(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        def forward(x: Tensor, t: Tensor, context: Tensor, *residuals: Tensor) -> Tensor:
             self.phase = self.phase_of(self.call)
             # Every cross-attention must run where outputs are kept; and then the batch is another.
             anew = self.phase != OPEN and self.call.step <= self.step
             if self.phase != CLOSED or not self.call.guided:
                 with self.call.halves(self.call.halves_alike, anew):
-                    return predict(x, t, context)
+                    return predict(x, t, context, *residuals)
             with self.call.halves(alike=False, anew=anew):
-                eps = predict(x.chunk(2)[1], t, context.chunk(2)[1])
+                eps = predict(x.chunk(2)[1], t, context.chunk(2)[1], *(r.chunk(2)[1] for r in residuals))
             return torch.cat([eps, eps])
 
         return forward

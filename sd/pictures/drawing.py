@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from sd.config import Config
+from sd.pictures.controls import controls_of, recorded_controls
 from sd.pictures.parameters import UserError, recorded
 from sd.pictures.plan import Job, Picture, draw_in_batches, groups
 from sd.pictures.saving import Save
@@ -51,10 +52,14 @@ def draw_batch(
     shared = {one.name: getattr(jobs[0], one.name) for one in recorded() if not one.own}
     named = {one.name: None for one in recorded() if one.file}
     arguments = {**own, **shared, **named, **(files or {})}
+    said: dict[str, object] = {}
+    if jobs[0].control:
+        arguments["control"] = controls_of(pipe, jobs[0].control)
+        said = recorded_controls(jobs[0].control)
     images = pipe.generate(arguments.pop("prompt"), **arguments, on_step=on_step)
     origins = origins or [{}] * len(jobs)
     for place, (image, job, origin) in enumerate(zip(images, jobs, origins, strict=True)):
-        image.info |= {**job.parameters(), **origin, "batch": [place, len(images)]}
+        image.info |= {**job.parameters(), **origin, **said, "batch": [place, len(images)]}
     return images
 
 

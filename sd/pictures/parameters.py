@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
-from sd import prompts, samplers, schedules
+from sd import hints, prompts, samplers, schedules
 from sd.prompt_steps import over_steps
 
 log = logging.getLogger(__name__)
@@ -154,8 +154,24 @@ class Sides:
         return ",".join(str(int(n)) for n in numbers)
 
 
+@dataclass(frozen=True)
+class Several:
+    """One or more values, each as `each` has it: an option that may be repeated, a list in JSON."""
+
+    each: Text | Choice
+    kind: ClassVar[type] = str
+
+    @property
+    def metavar(self) -> str | None:
+        return self.each.metavar
+
+    def __call__(self, name: str, value: object) -> tuple[str, ...]:
+        values = value if isinstance(value, list | tuple) and value else [value]
+        return tuple(self.each(name, one) for one in values)
+
+
 INF = math.inf
-Check = Text | Whole | Number | Choice | Switch | Sides
+Check = Text | Whole | Number | Choice | Switch | Sides | Several
 
 
 def shown(value: object) -> str:
@@ -180,6 +196,7 @@ class Parameter:
     own: pictures of one batch may differ in it.
     recorded: a picture's PNG says it. What does not say how one picture looks, is not.
     file: it names a file of this machine; the service takes the file's bytes.
+    local: it names files of this machine, and nobody elsewhere can give it.
     beside: another parameter, without which this one says nothing.
     short: its one-letter option.
     """
@@ -195,6 +212,7 @@ class Parameter:
     own: bool = False
     recorded: bool = True
     file: bool = False
+    local: bool = False
     beside: str | None = None
     short: str | None = None
 
@@ -205,7 +223,7 @@ class Parameter:
     @property
     def portable(self) -> bool:
         """Whether it says the same on another machine, where this one's files are not."""
-        return not (self.file or (self.beside is not None and PARAMETERS[self.beside].file))
+        return not (self.file or self.local) and (self.beside is None or PARAMETERS[self.beside].portable)
 
     def described(self) -> str:
         """`help` with the numbers put in."""
@@ -289,6 +307,22 @@ _ROWS = (
         beside="hires",
     ),
     Parameter(
+        "control",
+        Several(Text()),
+        "draw after a picture of edges, depth or a pose, by a ControlNet: how much that counts (1), and in which part "
+        "of the steps (0-1); repeat it for several",
+        metavar="FILE:PICTURE[:WEIGHT[:START-END]]",
+        local=True,
+    ),
+    Parameter(
+        "control_preprocess",
+        Several(Choice(hints.PREPROCESSORS)),
+        "make what it sees of the picture of --control: none, canny (edges; needs OpenCV), invert (black on white); "
+        "once for all, or for each (none)",
+        metavar="NAME",
+        beside="control",
+    ),
+    Parameter(
         "num_images",
         Whole(1, 10**6),
         "pictures of each prompt ({default})",
@@ -325,6 +359,8 @@ def add_options(add: Callable[..., object]) -> None:
             options = {"metavar": options["metavar"], "choices": check.options}
         if type(check) is Text and parameter.flag and parameter.own:
             options |= {"action": Last}
+        if type(check) is Several:
+            options["action"] = "append"
         if type(check) is Switch:
             options = {"action": "store_const", "const": True}
         names = [name for name in (parameter.short, parameter.option) if name]
@@ -369,6 +405,8 @@ def check_together(where: str, values: Mapping[str, object]) -> None:
     try:
         if values.get("mask") and not values.get("init_image"):
             raise ValueError("mask says which part of a picture is drawn anew: init_image names that picture")
+        if values.get("control_preprocess"):
+            hints.one_each(values["control_preprocess"], len(values.get("control") or [""]))
         if values.get("outpaint") and not values.get("init_image"):
             raise ValueError("outpaint says how a picture grows: init_image names that picture")
         if values.get("hires") and (values.get("mask") or values.get("outpaint")):

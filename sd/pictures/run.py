@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sd.pictures.controls import controls_again
 from sd.pictures.files import DEFAULT, Pictures, left_to_draw, named
 from sd.pictures.formats import read_foreign, read_parameters
 from sd.pictures.model import DTYPES, ModelChoice
@@ -84,6 +85,10 @@ def recalled(run: Run, model: ModelChoice) -> tuple[Run, ModelChoice, dict[str, 
     for one in (one for one in recorded() if one.file and one.name in known and one.name not in given):
         recorded_hash = said.get(f"{one.name}_hash")
         known[one.name] = file_again(one.option, known[one.name], recorded_hash, run.from_png.parent)
+    if "control" in given:
+        known.pop("control_preprocess", None)
+    elif "control" in known:
+        known["control"] = controls_again(known["control"], said, run.from_png.parent)
     prompt = run.prompt or [known.pop("prompt")]
     place = None if run.batch_size else _place_in_batch(said.get("batch"))
     run = replace(run, prompt=prompt, parameters={**known, **given}, place=place)

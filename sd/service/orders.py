@@ -110,6 +110,8 @@ def _json_object(body: bytes) -> dict[str, object]:
 
 
 def _checked(values: Mapping[str, object], limits: Limits) -> dict[str, object]:
+    if named := [name for name in values if name in PARAMETERS and PARAMETERS[name].local]:
+        raise ValueError(f"{named[0]} names files of this machine, and cannot be given here")
     given = checked("", values)
     if "prompt" not in given:
         raise ValueError("prompt is missing")

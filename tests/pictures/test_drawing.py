@@ -62,7 +62,7 @@ def test_a_batch_is_one_call_with_every_parameter():
     wanted |= {"height": None, "width": None, "init_image": start, "strength": 0.8, "on_step": None}
     wanted |= dict.fromkeys(("schedule", "eta", "s_noise", "solver_order", "prompt_syntax", "clip_skip", "mask"))
     wanted |= {"mask_blur": 0.0, "mask_invert": False, "hires_strength": 0.5}
-    wanted |= dict.fromkeys(("mask_padding", "outpaint", "hires"))
+    wanted |= dict.fromkeys(("mask_padding", "outpaint", "hires", "control", "control_preprocess"))
     assert pipe.given == wanted
     assert [picture.info["batch"] for picture in pictures] == [[0, 2], [1, 2]]
     assert [picture.info["seed"] for picture in pictures] == [7, 8]

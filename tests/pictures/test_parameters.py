@@ -207,6 +207,7 @@ def form(limits: Limits = Limits()) -> dict[str, dict]:  # noqa: B008 (frozen)
 def test_the_page_asks_for_what_the_command_line_takes():
     fields = form()
     of_files = {"init_image", "strength", "mask", "mask_blur", "mask_invert", "mask_padding", "outpaint"}
+    of_files |= {"control", "control_preprocess"}
     assert set(fields) == set(PARAMETERS) - of_files
     options, _ = inference.parse_arguments(["--prompt", "x"])
     [(job, _)] = pictures_of(options)

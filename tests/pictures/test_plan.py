@@ -54,6 +54,8 @@ def test_any_parameter_by_line(tmp_path):
         "mask_invert": True,
         "mask_padding": 32,
         "outpaint": "64,0,0,0",
+        "control": ["n.safetensors:a.png:0.5", "m.safetensors:b.png"],
+        "control_preprocess": "canny",
         "num_images": 2,
     }
     other = {"prompt": "b", "steps": None, "hires": 2, "hires_strength": 0.4, "sampler": "deis", "solver_order": 2}
@@ -66,9 +68,10 @@ def test_any_parameter_by_line(tmp_path):
         (3, "b", 7, 102),
     ]
     own = ("euler_a", "karras", 0.5, 1.0, None, "a1111", 2, False, 0.5, False, 3.0, True, 32, "64,0,0,0", None, 0.5)
-    assert jobs[0].settings() == (3, 2.0, 64, 128, *own)
+    controls = (("n.safetensors:a.png:0.5", "m.safetensors:b.png"), ("canny",))
+    assert jobs[0].settings() == (3, 2.0, 64, 128, *own, *controls)
     others = (None, None, "deis", None, None, None, 2, None, None, True, PARAMETERS["strength"].default, True, 0.0)
-    assert jobs[2].settings()[2:] == (*others, False, None, None, 2.0, 0.4)
+    assert jobs[2].settings()[2:] == (*others, False, None, None, 2.0, 0.4, None, None)
     assert jobs[2].where == f"{file} line 2"
 
 
@@ -94,6 +97,9 @@ def test_any_parameter_by_line(tmp_path):
         ('{"prompt": "a", "height": 0}', "line 1: height"),
         ('{"prompt": "a", "num_images": 0}', "line 1: num_images"),
         ('{"prompt": "a", "stpes": 3}', "line 1: there is no parameter 'stpes'; there are prompt, "),
+        ('{"prompt": "a", "control": 3}', "line 1: control must be text, not 3"),
+        ('{"prompt": "a", "control_preprocess": "x"}', "line 1: no control_preprocess 'x'; there are none, canny"),
+        ('{"prompt": "a", "control": "n:p", "control_preprocess": ["none", "canny"]}', "2 control_preprocess for 1"),
         ('{"prompt": 3}', 'line 1: it lacks "prompt"'),
         ('{"steps": 3}', 'line 1: it lacks "prompt"'),
         ('\n{"prompt": ', "line 2: not JSON"),

@@ -1,0 +1,113 @@
+"""ControlNets against diffusers' own, from file to picture."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionControlNetPipeline
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bench.reference.numbers import noise, pixels, relative_error
+from bench.reference.oracles import ddim_scheduler, diffusers_controlnet, diffusers_pipeline
+from bench.reference.weights import TINY, random_controlnet
+from sd.controlnet import Control, ControlNet
+from sd.noise import PictureNoise
+from sd.pipeline import StableDiffusion
+from tests.weights import tiny_pipeline
+
+DRAW = {"steps": 4, "seed": 4, "sampler": "ddim", "height": 64, "width": 128}
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (96, 80)) -> Image.Image:
+    """Blocks of random colours."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
+
+
+def original(net: ControlNet) -> dict[str, Tensor]:
+    return {f"control_model.{name}": tensor for name, tensor in net.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def nets() -> list[ControlNet]:
+    return [random_controlnet(TINY, seed=seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def files(nets, tmp_path_factory) -> list:
+    folder = tmp_path_factory.mktemp("controls")
+    paths = [folder / "edges.safetensors", folder / "depth.safetensors"]
+    for path, net in zip(paths, nets, strict=True):
+        save_file(original(net), path)
+    return paths
+
+
+@pytest.fixture
+def pipe() -> StableDiffusion:
+    return tiny_pipeline()
+
+
+# ---- the network
+
+
+@torch.no_grad()
+def test_it_is_that_of_diffusers_in_double_precision():
+    net = random_controlnet(TINY, seed=1, dtype=torch.float64)
+    theirs = diffusers_controlnet(net, TINY.unet)
+    x, context = noise(2, 4, 16, 8, dtype=torch.float64), noise(2, 77, 64, seed=1, dtype=torch.float64)
+    hint, t = noise(2, 3, 128, 64, seed=2, dtype=torch.float64), torch.tensor(541)
+    ours = net(x, t, context, net.seen(hint))
+    down, middle = theirs(x, t, context, hint, return_dict=False)
+    assert len(ours) == len(down) + 1
+    assert max(relative_error(a, b) for a, b in zip(ours, [*down, middle], strict=True)) < 1e-10
+
+
+def test_without_controls_the_unet_is_the_plain_one(pipe):
+    """And with residuals that are all zero."""
+    given = noise(2, 4, 8, 8), torch.tensor(541), noise(2, 77, 64, seed=1)
+    plain = pipe.unet(*given)
+    net = random_controlnet(TINY)
+    zeros = [torch.zeros_like(r) for r in net(*given, net.seen(torch.zeros(2, 3, 64, 64)))]
+    assert torch.equal(pipe.unet(*given, *zeros), plain)
+
+
+# ---- pictures
+
+
+def drawn_by_diffusers(pipe, nets, kind=StableDiffusionControlNetPipeline, **given) -> np.ndarray:
+    theirs = [diffusers_controlnet(net, TINY.unet) for net in nets]
+    theirs = diffusers_pipeline(pipe, ddim_scheduler(), kind, controlnet=theirs if len(theirs) > 1 else theirs[0])
+    start = PictureNoise([DRAW["seed"]], (4, 8, 16), pipe.device, torch.float32)()
+    size = {"height": DRAW["height"], "width": DRAW["width"]}
+    asked = {"num_inference_steps": DRAW["steps"], "guidance_scale": 7.5, "latents": start, **size}
+    return pixels(theirs("a red fox", **asked, **given).images)
+
+
+CASES = {
+    "one": [(1.0, 0.0, 1.0)],
+    "weight": [(0.6, 0.0, 1.0)],
+    "its end": [(1.0, 0.0, 0.5)],
+    "its start": [(1.0, 0.5, 1.0)],
+    "two": [(0.7, 0.0, 0.75), (0.5, 0.25, 1.0)],
+}
+
+
+@pytest.mark.parametrize("numbers", CASES.values(), ids=CASES)
+def test_pictures_are_those_of_diffusers(pipe, nets, files, numbers):
+    shown = [picture(seed) for seed in range(len(numbers))]
+    weights, starts, ends = (list(column) if len(column) > 1 else column[0] for column in zip(*numbers, strict=True))
+    expected = drawn_by_diffusers(
+        pipe,
+        nets[: len(numbers)],
+        image=shown if len(shown) > 1 else shown[0],
+        controlnet_conditioning_scale=weights,
+        control_guidance_start=starts,
+        control_guidance_end=ends,
+    )
+    plain = pixels(pipe.generate("a red fox", **DRAW))
+    control = [Control(pipe.add_control(f), s, *n) for f, s, n in zip(files, shown, numbers, strict=False)]
+    drawn = pixels(pipe.generate("a red fox", **DRAW, control=control))
+    assert np.abs(drawn - expected).max() <= 1
+    assert np.abs(drawn - plain).max() > 8, "it changes the picture"
+    assert np.array_equal(pixels(pipe.generate("a red fox", **DRAW)), plain)
