@@ -99,6 +99,7 @@ def _add_sources(add: Callable[..., object]) -> None:
         + ", ".join(PARAMETERS),
     )
     add("--from-png", type=Path, metavar="FILE", help="draw a picture of this program again")
+    add("--inspect", type=Path, metavar="FILE", help="say what a file of weights is and how to use it, and leave")
     add("--list-opts", action="store_true", help="list the optimizations and leave")
     add("--list-samplers", action="store_true", help="list the samplers and schedules and leave")
 
@@ -140,6 +141,11 @@ def run(asked: Run, model: ModelChoice) -> None:
     logging.getLogger("sd").setLevel(logging.INFO)
     if asked.version:
         print(version())
+        return
+    if asked.inspect:
+        from sd.inspection import inspect
+
+        print(inspect(asked.inspect))
         return
     if asked.list_opts or asked.list_samplers:
         print("\n\n".join(_listings(asked)))

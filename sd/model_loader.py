@@ -178,6 +178,8 @@ def _fill(models: Sequence[nn.Module], opened: Opened, ema: bool, device: torch.
         model.eval().requires_grad_(False)
     leftovers = opened.tensors.keys() - dict(used).keys() - {TOKEN_IDS}
     log.debug("ignored %d other tensors: %s", len(leftovers), ", ".join(sorted(leftovers)))
+    if "ztsnr" in leftovers:
+        log.warning("trained down to noise alone (zero terminal SNR): draw with --schedule ztsnr")
     if foreign := unusual(leftovers):
         log.warning("left out %d tensors that are no part of the model: %s", len(foreign), some(foreign))
 

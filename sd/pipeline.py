@@ -23,7 +23,7 @@ from sd.controls import ControlNets
 from sd.ddpm import predict_x0
 from sd.edits import Edit, edit, larger_size, outpainted_size, outpainting, same_shape, sides
 from sd.embeddings import Words
-from sd.guidance import Call, Conditions, Guided
+from sd.guidance import Call, Conditions, Guided, from_velocity
 from sd.images import to_pil
 from sd.lora import Loras
 from sd.noise import PictureNoise
@@ -121,10 +121,12 @@ class StableDiffusion:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         ema: bool = False,
+        prediction: str | None = None,
     ) -> "StableDiffusion":
         """Load a checkpoint in the original layout, .safetensors or .ckpt; `find_checkpoint` names the default.
 
-        dtype defaults to fp16 on CUDA and fp32 elsewhere. Raises FileNotFoundError or model_loader.CheckpointError.
+        dtype defaults to fp16 on CUDA and fp32 elsewhere. prediction: "eps" or "v", where the file does not say what
+        its UNet was trained for. Raises FileNotFoundError or model_loader.CheckpointError.
         """
         device = torch.device(device) if device is not None else default_device()
         asked_for, dtype = dtype is not None, dtype or (torch.float16 if device.type == "cuda" else torch.float32)
@@ -133,6 +135,7 @@ class StableDiffusion:
             log.info(DEMO_NOTICE)
         with torch.inference_mode(False):  # so that what is written to the weights can be noticed
             config, clip, unet, vae = model_loader.load(path, ema=ema, device=device, dtype=dtype)
+        config = replace(config, prediction=prediction or config.prediction)
         pipe = cls(config, clip, unet, vae, source=model_loader.Source.of(path, ema, dtype))
         pipe.dtype_is_asked_for = asked_for
         pipe.note_loaded()
@@ -361,8 +364,9 @@ class StableDiffusion:
     ) -> Tensor:
         """Denoise x [B, z, h, w] from the schedule's first level on -> clean latents of that shape, still scaled."""
         with self.call.sampling(schedule.timesteps, guided=conditions.scale != 1) as start_step:
-            denoise = Guided(self.unet, conditions, self.call)
-            self.call.predicted = lambda: _clean(denoise, schedule)
+            answers = Guided(self.unet, conditions, self.call)
+            denoise = answers if self.config.prediction == "eps" else from_velocity(answers, schedule.abar_at)
+            self.call.predicted = lambda: self._clean(answers, schedule)
             for i, x in enumerate(sampler(denoise, x, schedule, noise), start=1):  # noqa: B020
                 start_step(i)
                 if blend:
@@ -370,6 +374,13 @@ class StableDiffusion:
                 if on_step:
                     on_step(i, len(schedule), x)
         return x
+
+    def _clean(self, answers: Guided, schedule: Schedule) -> Tensor:
+        """The clean latents that the latest prediction comes to."""
+        x, predicted, t = answers.latest
+        latest = lambda x, t: predicted  # noqa: E731
+        eps = latest if self.config.prediction == "eps" else from_velocity(latest, schedule.abar_at)
+        return predict_x0(x, eps(x, t), schedule.abar_at(t))
 
     def decode(self, x: Tensor, tile: int | None = None) -> Tensor:
         """Scaled latents [B, z, h, w] -> pictures [B, 3, H, W], about [-1, 1]; in tiles of so many latents.
@@ -539,12 +550,6 @@ class StableDiffusion:
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
-
-
-def _clean(denoise: Guided, schedule: Schedule) -> Tensor:
-    """The clean latents that the latest prediction comes to."""
-    x, eps, t = denoise.latest
-    return predict_x0(x, eps, schedule.abar_at(t))
 
 
 def _in_tiles(decode: Callable[[Tensor], Tensor], latents: Tensor, tile: int | None) -> Tensor:

@@ -66,6 +66,8 @@ def _not_weights(head: bytes) -> str | None:
         return "an empty file; fetch it again"
     if head.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the weights; run `git lfs pull`"
+    if head.startswith(b"GGUF"):
+        return "a GGUF file, whose weights are quantized for other programs; the .safetensors of the model is needed"
     if head.lstrip()[:1] == b"<":
         return "a web page, not weights; download the file itself"
     return None

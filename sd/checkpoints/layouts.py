@@ -63,7 +63,7 @@ def has_three_parts(names: Collection[str]) -> bool:
 _USUAL = re.compile(
     r"model_ema\..*|(log_one_minus_|sqrt_(one_minus_|recipm?1?_?)?)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod"
     r"|betas|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor"
-    r"|cond_stage_model\..*position_ids|first_stage_model\.loss\..*"
+    r"|v_pred|ztsnr|cond_stage_model\..*position_ids|first_stage_model\.loss\..*"
 )
 
 

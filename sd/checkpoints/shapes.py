@@ -1,6 +1,7 @@
 """Which configuration a checkpoint has: from its metadata, else from the tensors' shapes."""
 
 import json
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,9 +22,15 @@ def config_of(opened: Opened) -> Config:
             _check_config(config, len(opened.tensors))
     else:
         with damaged("not the layout of Stable Diffusion 1.x"):
-            config = infer_config(opened.tensors)
+            config = replace(infer_config(opened.tensors), prediction=_prediction(opened))
             _check_config(config, len(opened.tensors))
     return config
+
+
+def _prediction(opened: Opened) -> str:
+    """By the marker that trainers put among the tensors, or Stability's metadata; else noise."""
+    said = opened.metadata.get("modelspec.prediction_type", "").lower()
+    return "v" if "v_pred" in opened.tensors or said in ("v", "v_prediction", "v-prediction") else "eps"
 
 
 def is_own(config: str | None) -> bool:

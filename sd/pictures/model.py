@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sd.config import PREDICTIONS
 from sd.pictures.parameters import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def add_model_options(add: Callable[..., object]) -> None:
         help="learned words (textual inversion), spelled as the file says or as WORD; repeat it for several",
     )
     add("--ema", action="store_true", help="use the averaged weights of a file that holds both")
+    add("--prediction", choices=PREDICTIONS, help="what the UNet was trained for (what the file says, else eps)")
     add("--device", help="cuda, mps or cpu (the best there is)")
     add("--dtype", choices=DTYPES, help="(float16 on CUDA, bfloat16 on a CPU with AMX, else float32)")
     add("--load-quantized", type=Path, metavar="FILE", help="weights that --save-quantized wrote")
@@ -71,6 +73,7 @@ class ModelChoice:
     lora: Sequence[str] | None = None
     embedding: Sequence[str] | None = None
     ema: bool = False
+    prediction: str | None = None
     device: str | None = None
     dtype: str | None = None
     load_quantized: Path | None = None
@@ -102,7 +105,7 @@ class ModelChoice:
         from sd.pipeline import StableDiffusion
 
         device = check_device(self.device)
-        pipe = StableDiffusion.load(checkpoint, device, self._dtype_to_load(checkpoint), ema=self.ema)
+        pipe = StableDiffusion.load(checkpoint, device, self._dtype_to_load(checkpoint), self.ema, self.prediction)
         pipe.dtype_is_asked_for = self.dtype is not None
         for path, weight in self.loras():
             pipe.add_lora(path, weight)
@@ -202,6 +205,7 @@ class ModelChoice:
             "checkpoint": checkpoint.name,
             "checkpoint_hash": fingerprint(checkpoint),
             "ema": self.ema,
+            "prediction": pipe.config.prediction if pipe.config.prediction != "eps" else None,
             "loras": self.recorded_loras(),
             "embeddings": self.recorded_embeddings(),
             "quantized": self.load_quantized and self.load_quantized.name,

@@ -41,6 +41,7 @@ class Run:
     list_opts: bool = False
     list_samplers: bool = False
     version: bool = False
+    inspect: Path | None = None
     explain: bool = False
     preview: int | None = None
     preview_file: Path | None = None
@@ -108,7 +109,7 @@ def _said_by(file: Path) -> dict[str, object]:
 
 
 def _recalled_model(model: ModelChoice, said: Mapping[str, object], file: Path) -> ModelChoice:
-    names = [name for name in ("device", "dtype", "opt") if getattr(model, name) is None]
+    names = [name for name in ("device", "dtype", "opt", "prediction") if getattr(model, name) is None]
     known = {name: said[name] for name in names if isinstance(said.get(name), str)}
     if known.get("dtype") not in (None, *DTYPES):
         raise UserError(f"{file}: there is no dtype {known['dtype']}")
