@@ -45,6 +45,7 @@ if str(HERE) not in sys.path:
 
 from sd.pictures import parameters  # noqa: E402
 from sd.pictures.files import DEFAULT, left_to_draw, named, output_files  # noqa: E402
+from sd.pictures.loras import refuse  # noqa: E402
 from sd.pictures.model import ModelChoice  # noqa: E402
 from sd.pictures.parameters import UserError, checked  # noqa: E402
 from sd.pictures.plan import Job, Picture, plan  # noqa: E402
@@ -404,6 +405,7 @@ def plan_prompt(prompt: str, shared: dict[str, object], out: str | None) -> list
     shared = dict(shared)
     first_seed = shared.pop("seed", secrets.randbelow(2**32))
     jobs = plan([Entry("", checked("", {"prompt": prompt}))], shared, first_seed)
+    refuse(jobs)
     pictures = list(named(jobs, out, many=len(jobs) > 1, random=True))
     if other := next((file for _, file in pictures if file.suffix.lower() != ".png"), None):
         raise UserError(f"--out: {other} must end in .png: that is what the container returns")
@@ -437,6 +439,7 @@ def plan_file(path: str, shared: dict[str, object], folder: Path, ckpt: str, ove
     for job, one in ((job, one) for job in jobs for one in parameters.recorded() if one.file or one.local):
         if job.values[one.name] is not None:
             raise UserError(f"{job.where}: {one.name} is a file of this machine; draw it with sd/inference.py")
+    refuse(jobs)
     folder.mkdir(parents=True, exist_ok=True)
     files = output_files(f"{folder}/{{index:05}}-{{seed}}.png", jobs, many=True)
     pictures = list(zip(jobs, files, strict=True))

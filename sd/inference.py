@@ -31,7 +31,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from sd import samplers  # noqa: E402
-from sd.pictures import drawing, parameters  # noqa: E402
+from sd.pictures import drawing, loras, parameters  # noqa: E402
 from sd.pictures.controls import check_controls, load_controls  # noqa: E402
 from sd.pictures.files import DEFAULT, NAME_FIELDS, Pictures  # noqa: E402
 from sd.pictures.model import ModelChoice, add_model_options, add_speed_options  # noqa: E402
@@ -157,6 +157,8 @@ def run(asked: Run, model: ModelChoice) -> None:
     jobs = pictures.jobs.firsts if pictures else ()
     check_init_images(jobs)
     check_controls(jobs)
+    loras.check(jobs, model.lora_dir)
+    loras.check_again(jobs, recorded, model.lora_dir)
     model.check_files()
     with watch("import"):
         import sd.pipeline  # noqa: F401
@@ -175,7 +177,8 @@ def run(asked: Run, model: ModelChoice) -> None:
         save_quantized(pipe, asked.save_quantized)
     drawing.check_sizes(pipe, jobs)
     load_controls(pipe, jobs)
-    how = drawing.Draw(model.facts(pipe, checkpoint), asked.save, out, asked.watching, asked.batch_size, asked.place)
+    facts, at_once = model.facts(pipe, checkpoint), (asked.batch_size, asked.place)
+    how = drawing.Draw(facts, asked.save, out, asked.watching, *at_once, model.lora_dir)
     failed = drawing.draw_all(pipe, windows, count, how, watch)
     print(watch, file=out)
     if failed and not asked.prompts_file:  # all start from the same

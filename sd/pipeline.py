@@ -28,7 +28,7 @@ from sd.images import to_pil
 from sd.lora import Loras
 from sd.noise import PictureNoise
 from sd.prompt_steps import over_steps
-from sd.prompts import cut, padded, tokenize, weighted
+from sd.prompts import cut, loras, padded, tokenize, weighted
 from sd.request import broadcast, check_numbers, given_latents, pictures
 from sd.samplers import Sampler
 from sd.schedules import Schedule
@@ -412,6 +412,9 @@ class StableDiffusion:
         clip_skip: int | None,
     ) -> Conditions:
         """The context, or one for each step where a prompt says what it is at which."""
+        for name, _ in (one for prompt in prompts for one in loras(prompt, syntax)):
+            if name not in self.loras.merged:
+                raise ValueError(f"a prompt names the LoRA {name}, which is not merged: add_lora first")
         texts = [over_steps(text, steps, syntax) for text in (*negatives, *prompts)]
         count = len(prompts)
 

@@ -2,7 +2,7 @@
 
     plain     a prompt is its text; what the encoder cannot read is cut off, and told
     weights   (text:1.3) counts 1.3 times, BREAK begins a new chunk, and a long prompt is read in chunks
-    a1111     beside these (text) counts 1.1 times, [text] 1 / 1.1, nested ones multiply
+    a1111     beside these (text) counts 1.1 times, [text] 1 / 1.1, nested ones multiply; <lora:name:0.8> is no text
 
 A backslash makes a bracket a character: \\( \\) \\[ \\]. Weights are those of AUTOMATIC1111's web UI: the context of a
 token is multiplied by its weight, then all of the prompt's by one factor, so that its mean is what it was, unless it
@@ -47,8 +47,21 @@ def parse(text: str, syntax: str = "weights") -> list[Piece]:
         raise ValueError(f"no prompt syntax {syntax!r}; there are {', '.join(SYNTAXES)}")
     if syntax == "plain":
         return [(text, 1.0)]
-    pieces = _a1111(text) if syntax == "a1111" else _weights(text)
+    pieces = _a1111(_LORA.sub("", text)) if syntax == "a1111" else _weights(text)
     return list(_joined(piece for whole in pieces for piece in _broken(*whole)))
+
+
+_LORA = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")
+
+
+def loras(text: str, syntax: str | None) -> list[tuple[str, float]]:
+    """The LoRAs that a prompt names in the a1111 syntax, `<lora:name:0.8>`, and their strengths. Raises ValueError."""
+    found = []
+    for name, number in _LORA.findall(text) if syntax == "a1111" else ():
+        if number and not _NUMBER.fullmatch(number.strip()):
+            raise ValueError(f"the strength of the LoRA {_shown(name)} in a prompt must be a number, not {number!r}")
+        found.append((name.strip(), _checked(float(number)) if number else 1.0))
+    return found
 
 
 _WEIGHTED = re.compile(r"(?<!\\)\(((?:\\.|[^()\\])*?):\s*([^():\s]+)\s*\)")

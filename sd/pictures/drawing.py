@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from sd.config import Config
 from sd.pictures.controls import controls_of, recorded_controls
+from sd.pictures.loras import PromptLoras, named
 from sd.pictures.parameters import UserError, recorded
 from sd.pictures.plan import Job, Picture, draw_in_batches, groups
 from sd.pictures.saving import Save
@@ -68,7 +69,7 @@ class Draw:
     """How a run draws: what each file says of the model, how pictures are saved, and how many at once.
 
     batch_size: None is what memory allows. place: a single picture's, as `Drawing` takes it. out: where their names go.
-    watching: what is to be seen on the way.
+    watching: what is to be seen on the way. lora_dir: where prompts' LoRAs are.
     """
 
     facts: Mapping[str, object]
@@ -77,6 +78,7 @@ class Draw:
     watching: Watching
     batch_size: int | None = None
     place: tuple[int, int] | None = None
+    lora_dir: Path | None = None
 
 
 def draw_all(
@@ -87,16 +89,19 @@ def draw_all(
     Returns a line for each picture that cannot be drawn because of a file that it names; the others are.
     """
     failed: list[str] = []
+    loras = PromptLoras(pipe, how.lora_dir)
     with Progress(count, how.out) as progress:
         if how.watching.anything:
             progress.watch(pipe, how.watching)
         for window in windows:
-            for group in groups(window, lambda job: (job.settings(), *_sizes(job))):
+            for group in groups(window, lambda job: (job.settings(), named(job), *_sizes(job))):
                 kept, lines = readable(group)
                 failed += lines
                 progress.fewer(len(lines))
                 if kept:
-                    _draw_group(pipe, kept, how, progress, watch)
+                    loras.use(kept[0][0])
+                    said = loras.recorded(kept[0][0])
+                    _draw_group(pipe, kept, replace(how, facts={**how.facts, **said}), progress, watch)
     return failed
 
 

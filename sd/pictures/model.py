@@ -39,6 +39,7 @@ def add_model_options(add: Callable[..., object]) -> None:
         metavar="FILE[:WORD]",
         help="learned words (textual inversion), spelled as the file says or as WORD; repeat it for several",
     )
+    add("--lora-dir", type=Path, metavar="DIR", help="where <lora:name:0.8> of --prompt-syntax a1111 is looked for")
     add("--ema", action="store_true", help="use the averaged weights of a file that holds both")
     add("--prediction", choices=PREDICTIONS, help="what the UNet was trained for (what the file says, else eps)")
     add("--device", help="cuda, mps or cpu (the best there is)")
@@ -72,6 +73,7 @@ class ModelChoice:
     ckpt: Path | None = None
     lora: Sequence[str] | None = None
     embedding: Sequence[str] | None = None
+    lora_dir: Path | None = None
     ema: bool = False
     prediction: str | None = None
     device: str | None = None
@@ -130,6 +132,8 @@ class ModelChoice:
         """Raises UserError for a LoRA or an embedding that is not there."""
         self.loras()
         self.embeddings()
+        if self.lora_dir and not self.lora_dir.is_dir():
+            raise UserError(f"--lora-dir: there is no folder {self.lora_dir}")
 
     def _dtype_to_load(self, checkpoint: Path) -> "torch.dtype | None":
         """The one that is asked for; but where short numbers will be packed from the weights, the file's own, so that

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from sd.config import Config
+from sd.pictures.loras import refuse
 from sd.pictures.parameters import PARAMETERS, UserError, Whole, checked
 from sd.pictures.plan import Job, plan
 from sd.pictures.prompts_file import Entry
@@ -89,6 +90,7 @@ def read_order(body: bytes, limits: Limits, config: Config) -> Order:
         given = _checked(values, limits)
         _check_size(given, limits, config)
         jobs = _plan(given | dict.fromkeys(uploads, "upload"), limits)
+        refuse(jobs)
         read = {name: _read_upload(name, upload) for name, upload in uploads.items()}
         files = {name: image for name, (image, _) in read.items()}
         if "outpaint" in given and not {"height", "width"} & set(given):
