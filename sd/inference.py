@@ -274,7 +274,9 @@ def exit_code(action: Callable[[], None]) -> int:
 
 
 def fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """One line, without the terminal codes that names and files may hold."""
+    shown = "".join(character if character.isprintable() else " " for character in message)
+    print(f"error: {' '.join(shown.split())}", file=sys.stderr)
     return 2
 
 

@@ -114,7 +114,7 @@ def _draw_group(
 
     files = dict(group)
     drawing = Drawing(pipe, group[0][0], progress, watch, how.place)
-    size = drawing.batch_size(how.batch_size)
+    size = drawing.batch_size(how.place[1] if how.place else how.batch_size)
     for batch, drawn in draw_in_batches(list(files), drawing.draw, size, is_out_of_memory, make_room):
         for job, image in zip(batch, drawn, strict=True):
             name = how.save(image, files[job], {**image.info, **how.facts})

@@ -287,7 +287,7 @@ def check_device(name: str | None) -> "torch.device | None":
         return None
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # there are devices that hold no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
     return device

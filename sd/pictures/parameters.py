@@ -42,6 +42,10 @@ class Last(argparse.Action):
 # ---- what a value must be: check(name, value) -> the value, or ValueError that says what the parameter takes
 
 
+LONGEST = 1_000_000
+"""Characters of a text. What is beyond is a mistake, or somebody's who means harm."""
+
+
 @dataclass(frozen=True)
 class Text:
     kind: ClassVar[type] = str
@@ -50,6 +54,8 @@ class Text:
     def __call__(self, name: str, value: object) -> str:
         if not isinstance(value, str):
             raise ValueError(f"{name} must be text, not {shown(value)}")
+        if len(value) > LONGEST:
+            raise ValueError(f"{name} must be at most {LONGEST} characters, not {len(value)}")
         try:
             value.encode()
         except UnicodeEncodeError:

@@ -5,10 +5,14 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 from sd.pictures.parameters import PARAMETERS, UserError, checked
+
+LARGEST = 64 << 20
+"""Bytes of a prompts file: a million long prompts."""
 
 
 class Entry(NamedTuple):
@@ -43,7 +47,10 @@ def read_prompts(path: str | os.PathLike) -> list[Entry]:
 
 def _text_of(path: Path) -> str:
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise UserError(f"--prompts-file: {path} is over {LARGEST >> 20} MB")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts-file: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None

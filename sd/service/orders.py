@@ -10,7 +10,7 @@ import json
 import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sd.config import Config
@@ -114,6 +114,8 @@ def _json_object(body: bytes) -> dict[str, object]:
 def _checked(values: Mapping[str, object], limits: Limits) -> dict[str, object]:
     if named := [name for name in values if name in PARAMETERS and PARAMETERS[name].local]:
         raise ValueError(f"{named[0]} names files of this machine, and cannot be given here")
+    for name, value in values.items():
+        _check_below(name, value, limits)
     given = checked("", values)
     if "prompt" not in given:
         raise ValueError("prompt is missing")
@@ -126,6 +128,14 @@ def _checked(values: Mapping[str, object], limits: Limits) -> dict[str, object]:
         elif value > most:
             raise ValueError(f"{name} must be at most {most} here, not {value}")
     return given
+
+
+def _check_below(name: str, value: object, limits: Limits) -> None:
+    """A whole number under its range is told this server's limits, not those of the command line."""
+    check = PARAMETERS[name].check if name in PARAMETERS else None
+    most = limits.of(name) if isinstance(check, Whole) else None
+    if most is not None and isinstance(value, int | float) and value < check.low:
+        replace(check, high=most, high_text="")(name, value)
 
 
 def _check_size(given: Mapping[str, object], limits: Limits, config: Config) -> None:

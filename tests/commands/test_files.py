@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from sd.inference import main
-from sd.pictures.formats import read_parameters
+from sd.pictures.formats import encoded, read_parameters
 from sd.pictures.plan import plan
 from sd.pictures.prompts_file import Entry, read_prompts
 from sd.pictures.run import Run, pictures_of
@@ -271,3 +271,36 @@ def test_what_cannot_be_printed_costs_no_picture(folder, redirected):
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], env=environment, timeout=120)
     assert sorted(path.name for path in Path("naïve").iterdir()) == ["é-1.png", "é-2.png"]
     assert done.returncode == 0
+
+
+# ---- without end
+
+
+def test_what_has_no_end_is_told_at_once(folder, capfd):
+    for line, message in {
+        ("--prompts-file", "/dev/zero"): "/dev/zero is over 64 MB",
+        ("--prompt", "x" * 1_000_001): "prompt must be at most 1000000 characters",
+        ("--prompt", "x", "--device", "meta"): "--device: 'meta' cannot be used here",
+        ("--prompt", "x", "--ckpt", "a\x1b[31mb\u202e"): "a [31mb",
+    }.items():
+        started = time.perf_counter()
+        assert draw(*line) == 2
+        error = capfd.readouterr().err.splitlines()[-1]
+        assert message in error
+        assert error.isprintable()
+        assert time.perf_counter() - started < 20  # a guard, not a benchmark
+
+
+def test_prompts_from_a_fifo(folder):
+    script = f'"{sys.executable}" "{PROGRAM}" --prompts-file <(printf "a\\nb\\n") --out {{prompt}}.png {" ".join(LINE)}'
+    subprocess.run(["bash", "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120)
+    assert sorted(path.name for path in folder.iterdir()) == ["a.png", "b.png"]
+
+
+def test_a_picture_that_asks_for_a_huge_batch(folder, monkeypatch, capfd):
+    assert draw("--prompt", "x", "--out", "a.png") == 0
+    said = {**read_parameters("a.png"), "batch": [1023, 1024]}
+    Path("b.png").write_bytes(encoded(Image.open("a.png"), ".png", said))
+    monkeypatch.setattr("sd.pictures.drawing.free_memory", lambda device: 100 * 2**20)
+    assert main(["--from-png", "b.png", "--out", "c.png"]) == 2
+    assert "1024 pictures of 16x16 at once takes about" in capfd.readouterr().err

@@ -11,6 +11,7 @@ import os
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -259,7 +260,8 @@ def picture(width: int, height: int) -> str:
         ({"prompt": "x" * 101}, "prompt must be at most 100 characters, not 101"),
         ({"prompt": "x", "negative_prompt": "x" * 101}, "negative_prompt must be at most 100"),
         ({"prompt": "x", "steps": 21}, "steps must be at most 20 here, not 21"),
-        ({"prompt": "x", "steps": 0}, "steps must be from 1 to 1000"),
+        ({"prompt": "x", "steps": 0}, "steps must be from 1 to 20, not 0"),
+        ({"prompt": "x", "steps": -3.0}, "steps must be from 1 to 20, not -3.0"),
         ({"prompt": "x", "steps": "9"}, "steps must be a whole number"),
         ({"prompt": "x", "height": 192}, "height must be at most 128"),
         ({"prompt": "x", "width": 100}, "not a multiple of 64"),
@@ -538,3 +540,9 @@ def test_drawing_needs_no_web_framework():
     app = re.compile(r"^(from|import) sd\.service(\.app\b| import .*\bapp\b)", re.MULTILINE)
     assert [name for name, text in files.items() if framework.search(text)] == ["service/app.py"]
     assert [name for name, text in files.items() if app.search(text)] == []
+
+
+def test_small_answers_do_not_wait():
+    """asyncio sends at once where the socket says that it is TCP."""
+    with serve.bind("127.0.0.1", 0) as sock:
+        assert sock.proto == socket.IPPROTO_TCP
