@@ -9,8 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,36 +21,61 @@ if __name__ == "__main__":
 from sd import inference
 from sd.pictures.model import ModelChoice, add_model_options, add_speed_options
 from sd.pictures.parameters import OneLineParser, UserError
-from sd.service.access import auth_from_env, is_loopback
+from sd.service.access import auth_from_env, is_address, is_loopback
+from sd.service.logs import AtMost
 from sd.service.orders import Limits, limits_from_env
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from sd.service.server import Server
 
 
 @dataclass(frozen=True)
-class Address:
-    host: str
-    port: int
+class Hosting:
+    """Where and how it is served. trusted_proxy: addresses whose X-Forwarded-For names the client. grace: seconds in
+    which a drawing is finished after SIGTERM. log_prompts: the log may hold what clients write.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    trusted_proxy: Sequence[str] | None = None
+    grace: float = 30.0
+    log_prompts: bool = False
 
 
 # ---- arguments
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[Address, Limits, ModelChoice]:
+def parse_arguments(argv: list[str] | None = None) -> tuple[Hosting, Limits, ModelChoice]:
     parser = OneLineParser(
         prog="serve.py",
-        description="Serve pictures over HTTP: POST /generate, GET /healthz, and a page at /.",
+        description="Serve pictures over HTTP: POST /generate, GET /healthz, GET /metrics, and a page at /.",
         epilog="SD_AUTH=basic with SD_USER and SD_PASSWORD asks for a password; any --host but loopback needs it.",
     )
-    where = parser.add_argument_group("where").add_argument
-    where("--host", default="127.0.0.1", metavar="ADDRESS", help="(%(default)s)")
-    where("--port", type=int, default=8000, metavar="N", help="0 takes a free one (%(default)s)")
+    _add_hosting(parser.add_argument_group("where and how").add_argument)
     add_model_options(parser.add_argument_group("the model").add_argument)
     add_speed_options(parser.add_argument_group("speed").add_argument)
     _add_limits(parser.add_argument_group("the most that is taken ($SD_MAX_STEPS and so on)").add_argument)
     args = parser.parse_args(argv)
-    return inference.options(Address, args), inference.options(Limits, args), inference.options(ModelChoice, args)
+    return inference.options(Hosting, args), inference.options(Limits, args), inference.options(ModelChoice, args)
+
+
+def _add_hosting(add: Callable[..., object]) -> None:
+    add("--host", default=Hosting.host, metavar="ADDRESS", help="(%(default)s)")
+    add("--port", type=int, default=Hosting.port, metavar="N", help="0 takes a free one (%(default)s)")
+    add(
+        "--trusted-proxy",
+        action="append",
+        metavar="ADDRESS",
+        help="a proxy whose X-Forwarded-For says who the client is; repeat it for several",
+    )
+    add(
+        "--grace",
+        type=float,
+        default=Hosting.grace,
+        metavar="SECONDS",
+        help="after SIGTERM, to finish what is drawn (%(default)g)",
+    )
+    add("--log-prompts", action="store_true", help="write prompts into the log")
 
 
 def _add_limits(add: Callable[..., object]) -> None:
@@ -89,38 +113,55 @@ def url(sock: socket.socket) -> str:
 # ---- the run
 
 
-def run(address: Address, limits: Limits, model: ModelChoice) -> None:
-    """Check, bind, load, serve until Ctrl-C. Raises UserError for what the caller got wrong."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("sd").setLevel(logging.INFO)
-    auth, host = auth_from_env(os.environ), address.host
+def run(hosting: Hosting, limits: Limits, model: ModelChoice) -> None:
+    """Check, bind, load, serve until Ctrl-C or SIGTERM. Raises UserError for what the caller got wrong."""
+    _start_log()
+    auth, host = auth_from_env(os.environ), hosting.host
+    check(hosting)
     if not auth and not is_loopback(host):
         raise UserError(f"--host {host} is open to others: it needs SD_AUTH=basic, SD_USER and SD_PASSWORD")
-    with bind(host, address.port) as sock:
-        from sd.service import app  # here: a package that is missing is told before the weights are read
+    with bind(host, hosting.port) as sock:
+        from sd.service import app, server  # here: a package that is missing is told before the weights are read
 
         checkpoint = model.checkpoint()
         pipe = model.load(checkpoint)
         facts = model.facts(pipe, checkpoint)
         # A page elsewhere can point its own name at 127.0.0.1 and so read the answers: the Host header tells.
         hosts = None if auth else {"localhost", "127.0.0.1", "::1", host.lower()}
-        made = app.create_app(pipe, limits, auth, facts, hosts)
+        made = app.create_app(pipe, limits, auth, facts, hosts, hosting.log_prompts)
         sock.listen(128)
         print(f"{facts['model']} on {facts['device']}: {url(sock)}", flush=True)
-        serve(made, sock)
+        serving = server.Server(made, limits, hosting.grace, hosting.trusted_proxy or ())
+        end_on_sigterm(serving)
+        serving.run(sockets=[sock])
 
 
-def serve(app: "FastAPI", sock: socket.socket) -> None:
-    """Answer on the socket until a signal ends the process, at once: nothing is being written that it could spoil."""
-    import uvicorn
+def check(hosting: Hosting) -> None:
+    """Raises UserError."""
+    if not 0 <= hosting.grace <= 3600:
+        raise UserError(f"--grace must be from 0 to 3600 seconds, not {hosting.grace:g}")
+    for address in hosting.trusted_proxy or ():
+        if not is_address(address):
+            raise UserError(f"--trusted-proxy must be an address such as 10.0.0.1, not {address!r}")
 
-    class Server(uvicorn.Server):
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
 
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, ws="none")
-    Server(config).run(sockets=[sock])
+def end_on_sigterm(serving: "Server") -> None:
+    """Ctrl-C goes on ending the process at once, and so does a second SIGTERM."""
+
+    def end(signum: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        serving.should_exit = True
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def _start_log() -> None:
+    """Lines to stderr, so many in a while: who makes the server complain does not fill its disk."""
+    handler = logging.StreamHandler()
+    handler.addFilter(AtMost())
+    logging.basicConfig(format="%(message)s", handlers=[handler])
+    logging.getLogger("sd").setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients get wrong has its line in the access log
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ repairs text with ftfy and unescapes HTML; this one does not: `&amp;` stays five
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,9 @@ class Tokenizer:
         vocab: JSON object, token -> id; default data/vocab.json.
         merges: merges, one a line, most frequent first; default data/merges.txt.
 
+    `on_cut(tokens, length, text)` is told of a prompt that has more tokens than the model reads, with the text of those
+    that are left out; at first that is a warning in the log.
+
     Raises:
         FileNotFoundError: one of the two does not exist.
         ValueError: they do not hold a vocabulary and its merges.
@@ -44,6 +47,7 @@ class Tokenizer:
         self._pipeline = build_pipeline(read_bpe(vocab or DATA / "vocab.json", merges or DATA / "merges.txt"))
         self.start_id: int = self._pipeline.token_to_id(START)
         self.end_id: int = self._pipeline.token_to_id(END)
+        self.on_cut: Callable[[int, int, str], None] = warn_of_cut
 
     def encode(self, text: str) -> list[int]:
         """Ids of the whole text, however long, between a start and an end id.
@@ -85,12 +89,16 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)
 
     def fit(self, ids: list[int], length: int) -> list[int]:
-        """Pad or cut `ids`, which end in the end id, to `length`; what was cut is logged as a warning."""
+        """Pad or cut `ids`, which end in the end id, to `length`; `on_cut` is told of what was cut."""
         if len(ids) <= length:
             return ids + [self.end_id] * (length - len(ids))
-        message = "prompt has %d tokens with start and end, but the model reads %d; ignored from here on: %r"
-        logger.warning(message, len(ids), length, self.decode(ids[length - 1 :]))
+        self.on_cut(len(ids), length, self.decode(ids[length - 1 :]))
         return [*ids[: length - 1], self.end_id]
+
+
+def warn_of_cut(tokens: int, length: int, text: str) -> None:
+    message = "prompt has %d tokens with start and end, but the model reads %d; ignored from here on: %r"
+    logger.warning(message, tokens, length, text)
 
 
 def read_bpe(vocab: Path, merges: Path) -> models.BPE:

@@ -4,30 +4,19 @@ The checks are the command line's own (sd/pictures/parameters.py); this adds the
 others pay for what it draws. Neither torch nor a web framework is imported.
 """
 
-import base64
-import io
 import json
 import secrets
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sd.config import Config
 from sd.pictures.loras import refuse
-from sd.pictures.parameters import PARAMETERS, UserError, Whole, checked
+from sd.pictures.parameters import PARAMETERS, UserError, Whole, checked, shown
 from sd.pictures.plan import Job, plan
 from sd.pictures.prompts_file import Entry
+from sd.service.uploads import Upload, read_upload
 from sd.service.worker import FailedError
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-MOST_PIXELS = 4096 * 4096
-"""Of an uploaded picture: a small file can unpack to gigabytes."""
-
-MOST_OBLONG = 4
-"""The longer side of an uploaded picture over its shorter one: it decides the shape of what is drawn from it."""
 
 
 def _limit(default: int, what: str) -> Any:
@@ -44,6 +33,8 @@ class Limits:
     max_prompt: int = _limit(2000, "characters of a prompt")
     max_body: int = _limit(8 * 2**20, "bytes of a request")
     max_queue: int = _limit(8, "requests that wait while one is drawn")
+    max_connections: int = _limit(256, "connections at once")
+    max_client_connections: int = _limit(32, "connections of one client")
 
     def __post_init__(self):
         for one in fields(self):
@@ -68,15 +59,16 @@ def limits_from_env(environ: Mapping[str, str]) -> Limits:
 
 @dataclass(frozen=True)
 class Order:
-    """The pictures of one request. files: those that it brings along, by parameter; origin: what PNGs say of them.
+    """The pictures of one request. uploads: those that it brings along; origin: what PNGs say of them.
 
-    preview: every so many steps, the client sees it as it forms.
+    preview: every so many steps, the client sees it as it forms. size: how much work it is: steps times pixels.
     """
 
     jobs: Sequence[Job]
-    files: "Mapping[str, Image.Image]" = field(default_factory=dict)
+    uploads: Sequence[Upload] = ()
     origin: Mapping[str, object] = field(default_factory=dict)
     preview: int | None = None
+    size: float = 1.0
 
 
 def read_order(body: bytes, limits: Limits, config: Config) -> Order:
@@ -91,12 +83,11 @@ def read_order(body: bytes, limits: Limits, config: Config) -> Order:
         _check_size(given, limits, config)
         jobs = _plan(given | dict.fromkeys(uploads, "upload"), limits)
         refuse(jobs)
-        read = {name: _read_upload(name, upload) for name, upload in uploads.items()}
-        files = {name: image for name, (image, _) in read.items()}
+        read = [read_upload(name, upload) for name, upload in uploads.items()]
         if "outpaint" in given and not {"height", "width"} & set(given):
-            _check_growth(files["init_image"], given["outpaint"], limits)
-        origin = {key: value for _, said in read.values() for key, value in said.items()}
-        return Order(jobs, files, origin, preview)
+            _check_growth(next(one for one in read if one.name == "init_image"), given["outpaint"], limits)
+        origin = {key: value for one in read for key, value in one.said().items()}
+        return Order(jobs, read, origin, preview, _size(jobs, config))
     except (ValueError, UserError) as error:
         raise FailedError(422, str(error)) from None
 
@@ -115,27 +106,27 @@ def _checked(values: Mapping[str, object], limits: Limits) -> dict[str, object]:
     if named := [name for name in values if name in PARAMETERS and PARAMETERS[name].local]:
         raise ValueError(f"{named[0]} names files of this machine, and cannot be given here")
     for name, value in values.items():
-        _check_below(name, value, limits)
+        _check_limit(name, value, limits)
     given = checked("", values)
     if "prompt" not in given:
         raise ValueError("prompt is missing")
-    for name, value in given.items():
-        if (most := limits.of(name)) is None:
-            continue
-        if isinstance(value, str):
-            if len(value) > most:
-                raise ValueError(f"{name} must be at most {most} characters, not {len(value)}")
-        elif value > most:
-            raise ValueError(f"{name} must be at most {most} here, not {value}")
     return given
 
 
-def _check_below(name: str, value: object, limits: Limits) -> None:
-    """A whole number under its range is told this server's limits, not those of the command line."""
-    check = PARAMETERS[name].check if name in PARAMETERS else None
-    most = limits.of(name) if isinstance(check, Whole) else None
-    if most is not None and isinstance(value, int | float) and value < check.low:
-        replace(check, high=most, high_text="")(name, value)
+def _check_limit(name: str, value: object, limits: Limits) -> None:
+    """Before the parameter's own check, whose limits are those of the command line: that of this server is told."""
+    most = limits.of(name) if name in PARAMETERS else None
+    if most is None or isinstance(value, bool):
+        return
+    if isinstance(value, str) and len(value) > most:
+        raise ValueError(f"{name} must be at most {most} characters, not {len(value)}")
+    check = PARAMETERS[name].check
+    if not isinstance(value, int | float) or not isinstance(check, Whole):
+        return
+    if value < check.low:
+        replace(check, high=min(most, check.high), high_text="")(name, value)
+    if value > most:
+        raise ValueError(f"{name} must be at most {most} here, not {shown(value)}")
 
 
 def _check_size(given: Mapping[str, object], limits: Limits, config: Config) -> None:
@@ -146,9 +137,10 @@ def _check_size(given: Mapping[str, object], limits: Limits, config: Config) -> 
         raise ValueError(f"hires makes {largest:g} pixels of a side, and at most {limits.max_side} are drawn here")
 
 
-def _check_growth(image: "Image.Image", sides: str, limits: Limits) -> None:
+def _check_growth(image: Upload, sides: str, limits: Limits) -> None:
     left, top, right, bottom = (int(n) for n in sides.split(","))
-    if max(image.width + left + right, image.height + top + bottom) > limits.max_side:
+    width, height = image.size
+    if max(width + left + right, height + top + bottom) > limits.max_side:
         raise ValueError(f"outpaint: at most {limits.max_side} pixels of a side are drawn here")
 
 
@@ -156,42 +148,13 @@ def _plan(given: Mapping[str, object], limits: Limits) -> Sequence[Job]:
     return plan([Entry("", given)], defaults_within(limits), first_seed=secrets.randbelow(2**32))
 
 
+def _size(jobs: Sequence[Job], config: Config) -> float:
+    job, side = jobs[0], config.image_size
+    pixels = (job.height or side) * (job.width or side)
+    return len(jobs) * job.steps * pixels * (1 + (job.hires or 0) ** 2)
+
+
 def defaults_within(limits: Limits) -> dict[str, object]:
     """The parameters' defaults that are numbers, as far as the limits allow."""
     numbers = {one.name: one.default for one in PARAMETERS.values() if isinstance(one.default, int | float)}
     return {name: value if (most := limits.of(name)) is None else min(value, most) for name, value in numbers.items()}
-
-
-def _read_upload(name: str, upload: object) -> "tuple[Image.Image, dict[str, object]]":
-    """A picture file in base64, a data: URL too -> the picture, and what is recorded of it. Raises ValueError."""
-    from sd.pictures.provenance import fingerprint
-
-    if not isinstance(upload, str):
-        raise ValueError(f"{name} must be a picture file in base64")
-    try:
-        data = base64.b64decode(upload.rpartition("base64,")[2], validate=True)
-    except ValueError:
-        raise ValueError(f"{name} is not base64") from None
-    image = _decode(name, data)
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(data)
-        file.flush()
-        return image, {name: "upload", f"{name}_hash": fingerprint(file.name)}
-
-
-def _decode(name: str, data: bytes) -> "Image.Image":
-    from PIL import Image
-
-    from sd.images import FORMATS, upright
-
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception:  # decoders raise whatever they stumble over
-        raise ValueError(f"{name} cannot be read as a picture") from None
-    width, height = image.size
-    if width * height > MOST_PIXELS or max(image.size) > MOST_OBLONG * min(image.size):
-        raise ValueError(f"{name} is {width}x{height}: over 4096x4096 pixels, or too oblong")
-    try:
-        return upright(image)
-    except Exception:
-        raise ValueError(f"{name} is a damaged picture") from None

@@ -8,93 +8,34 @@ import http.client
 import io
 import json
 import os
-import queue
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 
-from bench.reference.weights import tiny_config
 from sd import inference, serve
 from sd.pictures.model import ModelChoice
 from sd.pictures.parameters import UserError
 from sd.pictures.png import read_parameters
 from sd.service import worker
-from sd.service.access import BasicAuth, auth_from_env, host_name
-from sd.service.app import answer_type, create_app
+from sd.service.access import BasicAuth, Lockout, auth_from_env, host_name
+from sd.service.answers import answer_type
+from sd.service.app import create_app
 from sd.service.orders import Limits, limits_from_env
+from sd.service.worker import ENDING
+from tests.service.support import JSON, NDJSON, PNG, Client, WaitingPipe, event, serving
 
 PROGRAM = Path(serve.__file__)
-PNG, JSON, NDJSON = "image/png", "application/json", "application/x-ndjson"
-
-
-# ---- both ends
-
-
-class Client:
-    """Requests to one port."""
-
-    def __init__(self, port: int):
-        self.port = port
-
-    def __call__(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, dict, bytes]:
-        """(status, headers in lower case, body). A body that is not bytes is sent as JSON; headers as x_y for X-Y."""
-        with self.open(method, path, body, **headers) as response:
-            return response.status, {name.lower(): text for name, text in response.getheaders()}, response.read()
-
-    @contextmanager
-    def open(self, method: str, path: str, body: object = None, **headers: str) -> Iterator[http.client.HTTPResponse]:
-        """The response while its body may still be coming; leaving the block hangs up."""
-        headers = {name.replace("_", "-"): text for name, text in headers.items()}
-        if body is not None and not isinstance(body, bytes):
-            headers = {"Content-Type": JSON, **headers}
-            body = json.dumps(body).encode()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(method, path, body, headers)
-        with connection.getresponse() as response:
-            try:
-                yield response
-            finally:
-                connection.close()
-
-    def draw(self, accept: str = PNG, **values: object) -> tuple[int, dict, bytes]:
-        return self("POST", "/generate", {"prompt": "x", "steps": 1, **values}, accept=accept)
-
-    def error(self, *request: object, **headers: str) -> tuple[int, str]:
-        status, answered, body = self(*request, **headers)
-        assert answered["content-type"] == JSON
-        message = json.loads(body)["error"]
-        assert "\n" not in message
-        assert "Traceback" not in message
-        return status, message
-
-
-@contextmanager
-def serving(app) -> Iterator[Client]:
-    sock = serve.bind("127.0.0.1", 0)
-    sock.listen()
-    config = uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-    thread.start()
-    try:
-        yield Client(sock.getsockname()[1])
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -113,31 +54,6 @@ def client(loaded):
         yield client
 
 
-class WaitingPipe:
-    """Draws step after step until its client has left or the test lets it finish; one picture at a time."""
-
-    def __init__(self):
-        self.config, self.dtype, self.device = tiny_config(), torch.float32, torch.device("cpu")
-        self.times: dict[str, float] = {}
-        self.began: queue.Queue[str] = queue.Queue()
-        self.left: queue.Queue[str] = queue.Queue()
-        self.finish = threading.Semaphore(0)
-        self.alone = threading.Lock()
-
-    def generate(self, prompts, steps: int, on_step: Callable, **settings) -> list[Image.Image]:
-        assert self.alone.acquire(blocking=False), "two at once"
-        self.began.put(prompts[0])
-        try:
-            while not self.finish.acquire(timeout=0.01):
-                on_step(1, steps, None)
-        except worker.LeftError:
-            self.left.put(prompts[0])
-            raise
-        finally:
-            self.alone.release()
-        return [Image.new("RGB", (8, 8))]
-
-
 @pytest.fixture
 def waiting(monkeypatch) -> Iterator[tuple[WaitingPipe, Client]]:
     """A queue with room for one."""
@@ -150,10 +66,6 @@ def waiting(monkeypatch) -> Iterator[tuple[WaitingPipe, Client]]:
 
 def opened(png: bytes) -> dict[str, object]:
     return read_parameters(io.BytesIO(png))
-
-
-def event(response: http.client.HTTPResponse) -> dict[str, object]:
-    return json.loads(response.readline())
 
 
 # ---- pictures
@@ -309,7 +221,7 @@ def test_what_a_form_of_another_site_can_send(client, kind):
 
 
 def test_wrong_addresses(client):
-    assert client.error("GET", "/generate") == (405, "Method Not Allowed")
+    assert client.error("GET", "/generate") == (405, "/generate takes POST, OPTIONS")
     assert client.error("GET", "/docs") == (404, "Not Found")
     assert client.error("GET", "/openapi.json")[0] == 404
 
@@ -346,7 +258,7 @@ def test_one_at_a_time_and_a_bounded_queue(waiting):
         assert event(first) == {"event": "waiting", "before": 0}
         assert event(second) == {"event": "waiting", "before": 1}
         status, headers, body = client(*request)
-        assert (status, headers["retry-after"]) == (503, "10")
+        assert (status, headers["retry-after"]) == (503, "10"), "nothing has been measured yet"
         assert "the queue is full (1 waiting)" in json.loads(body)["error"]
         health = json.loads(client("GET", "/healthz")[2])
         assert (health["ready"], health["drawing"], health["queue"]) == (False, True, 1)
@@ -401,7 +313,8 @@ def basic(text: str) -> str:
     return f"Basic {base64.b64encode(text.encode()).decode()}"
 
 
-def test_a_password(loaded):
+def test_a_password(loaded, monkeypatch):
+    monkeypatch.setattr(Lockout, "FIRST_DELAY", 0.0)
     with serving(create_app(loaded[0], auth=BasicAuth("räv", "se:sam"))) as client:
         assert client("GET", "/healthz", authorization=basic("räv:se:sam"))[0] == 200
         for path in ("/", "/healthz", "/nothing"):
@@ -507,21 +420,53 @@ def test_a_port_in_use(client, capfd):
     assert f"port {client.port} cannot be used (Address already in use)" in capfd.readouterr().err
 
 
+@contextmanager
+def started(*options: str, folder: Path, **environment: str) -> Iterator[tuple[subprocess.Popen, Client]]:
+    """The program in a process, which is gone afterwards however the test ends."""
+    line = [sys.executable, str(PROGRAM), "--port", "0", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SD_AUTH": "none", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, cwd=folder, env=environment, **pipes) as process:
+        try:
+            said = process.stdout.readline()
+            port = re.fullmatch(r".* on \w+: http://127.0.0.1:(\d+)/\n", said)
+            assert port, said + process.stderr.read()
+            yield process, Client(int(port[1]))
+        finally:
+            process.kill()
+
+
+def drawing(client: Client) -> AbstractContextManager[http.client.HTTPResponse]:
+    """A request that is drawn until the server ends."""
+    return client.open("POST", "/generate", {"prompt": "x", "steps": 1000}, accept=NDJSON)
+
+
 def test_it_runs_from_any_directory_until_interrupted(tiny_checkpoint, tmp_path):
-    line = [sys.executable, str(PROGRAM), "--port", "0", "--ckpt", str(tiny_checkpoint), "--max-steps", "1000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SD_AUTH": "none"}
-    process = subprocess.Popen(
-        line, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    port = int(re.fullmatch(r"tiny on \w+: http://127.0.0.1:(\d+)/\n", process.stdout.readline())[1])
-    request = ("POST", "/generate", {"prompt": "x", "steps": 1000})
-    with Client(port).open(*request, accept=NDJSON) as response:
-        while event(response)["event"] != "step":
-            pass
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=10)
-    assert process.returncode == 130
-    assert errors == "interrupted\n"
+    with started("--ckpt", str(tiny_checkpoint), "--max-steps", "1000", folder=tmp_path) as (process, client):
+        with drawing(client) as response:
+            while event(response)["event"] != "step":
+                pass
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=10)
+        assert process.returncode == 130
+        assert errors == "interrupted\n"
+
+
+def test_sigterm_finishes_what_is_drawn_and_refuses_what_is_new(tiny_checkpoint, tmp_path):
+    with started("--ckpt", str(tiny_checkpoint), folder=tmp_path) as (process, client):
+        with client.open("POST", "/generate", {"prompt": "x", "steps": 100}, accept=NDJSON) as first:
+            while event(first)["event"] != "step":
+                pass
+            with client.open("POST", "/generate", {"prompt": "y"}, accept=NDJSON) as second:
+                event(second)
+                process.send_signal(signal.SIGTERM)
+                last = json.loads(second.read().splitlines()[-1])
+                assert (last["event"], last["status"], last["error"]) == ("error", 503, ENDING)
+                assert client.error("POST", "/generate", {"prompt": "z"}) == (503, ENDING)
+            assert [json.loads(line)["event"] for line in first.read().splitlines()][-2:] == ["picture", "done"]
+        process.wait(20)
+        assert process.returncode == 0
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_help_needs_neither_torch_nor_the_web_framework():
@@ -533,12 +478,13 @@ def test_help_needs_neither_torch_nor_the_web_framework():
 
 
 def test_drawing_needs_no_web_framework():
-    """One file imports it, and that file is imported when an app is made, no earlier."""
+    """A few files import it, and they are imported when an app is made, no earlier."""
     folder = PROGRAM.parent
     files = {file.relative_to(folder).as_posix(): file.read_text() for file in folder.rglob("*.py")}
-    framework = re.compile(r"^(from|import) (fastapi|starlette|uvicorn)\b", re.MULTILINE)
-    app = re.compile(r"^(from|import) sd\.service(\.app\b| import .*\bapp\b)", re.MULTILINE)
-    assert [name for name, text in files.items() if framework.search(text)] == ["service/app.py"]
+    framework = re.compile(r"^(from|import) (fastapi|starlette|uvicorn|prometheus_client)\b", re.MULTILINE)
+    theirs = {name for name, text in files.items() if framework.search(text)}
+    assert theirs == {f"service/{name}.py" for name in ("answers", "app", "connections", "guard", "metrics", "server")}
+    app = re.compile(r"^(from|import) sd\.service(\.(app|server)\b| import .*\b(app|server)\b)", re.MULTILINE)
     assert [name for name, text in files.items() if app.search(text)] == []
 
 

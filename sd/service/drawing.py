@@ -1,0 +1,84 @@
+"""What the worker's thread does for a request: it decodes what that brings along, draws, and reports."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from sd.pictures.drawing import draw_batch, is_out_of_memory, release
+from sd.pictures.plan import Job
+from sd.pictures.png import to_png
+from sd.service.metrics import Metrics
+from sd.service.orders import Order
+from sd.service.worker import Event, FailedError, Report, Work
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from sd.pipeline import OnStep, StableDiffusion
+    from sd.previews import Previews
+
+
+class Drawer:
+    """Draws orders with one pipeline, which nobody else uses. facts: what each PNG says of model and machine."""
+
+    def __init__(self, pipe: "StableDiffusion", facts: Mapping[str, object], metrics: Metrics):
+        self.pipe = pipe
+        self.facts = facts
+        self.metrics = metrics
+        self._previews: Previews | None = None
+        self._cut: list[str] = []
+        pipe.tokenizer.on_cut = lambda length, most, text: self._cut.append(text)
+
+    def work_for(self, order: Order) -> Work:
+        """Every step and every picture is reported, the latter as PNG bytes with parameters.
+
+        One picture at a time, so that each is what its seed draws alone, and memory is that of one.
+        """
+
+        def work(report: Report) -> None:
+            files = self._in_memory(lambda: {one.name: one.decode() for one in order.uploads})
+            for number, job in enumerate(order.jobs, start=1):
+                place = {"picture": number, "pictures": len(order.jobs)}
+                image = self._in_memory(lambda job=job, place=place: self._draw(order, job, files, report, place))
+                self.metrics.drawn(self.pipe.times)
+                report({"event": "picture", **place, **self._picture(image)})
+
+        return work
+
+    def _picture(self, image: "Image.Image") -> Event:
+        """cut: what of the prompts the model did not read."""
+        parameters = {**image.info, **self.facts}
+        cut = {"cut": list(dict.fromkeys(self._cut))} if self._cut else {}
+        return {"png": to_png(image, parameters), "parameters": parameters, "times": dict(self.pipe.times), **cut}
+
+    def _draw(
+        self, order: Order, job: Job, files: "Mapping[str, Image.Image]", report: Report, place: Event
+    ) -> "Image.Image":
+        self.pipe.times.clear()
+        self._cut.clear()
+        return draw_batch(self.pipe, [job], files, [order.origin], self._on_step(order, report, place))[0]
+
+    def _on_step(self, order: Order, report: Report, place: Event) -> "OnStep":
+        def on_step(step: int, steps: int, latents: "Tensor") -> None:
+            due = order.preview and step % order.preview == 0
+            seen = {"preview": to_png(self._preview_of(latents), {})} if due else {}
+            report({"event": "step", **place, "step": step, "steps": steps, **seen})
+
+        return on_step
+
+    def _preview_of(self, latents: "Tensor") -> "Image.Image":
+        if self._previews is None:  # fitted for the first who asks
+            from sd.previews import Previews
+
+            self._previews = Previews(self.pipe)
+        return self._previews(latents)[0]
+
+    def _in_memory(self, action: Callable[[], object]) -> object:
+        """What the action returns. Raises FailedError when out of memory."""
+        try:
+            return action()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        release(self.pipe.device)  # out here, where the error no longer holds the picture's tensors
+        raise FailedError(503, "out of memory: ask for a smaller height and width")

@@ -1,0 +1,104 @@
+"""Both ends of the service: a server on a loopback port in this process, its clients, and pipelines without a model."""
+
+import http.client
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from PIL import Image
+
+from bench.reference.weights import tiny_config
+from sd import serve
+from sd.service import worker
+from sd.service.orders import Limits
+from sd.service.server import Server
+from sd.tokenizer import Tokenizer
+
+PNG, JSON, NDJSON = "image/png", "application/json", "application/x-ndjson"
+
+
+class Client:
+    """Requests to one port."""
+
+    def __init__(self, port: int, server: Server | None = None):
+        self.port = port
+        self.server = server
+
+    def __call__(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, dict, bytes]:
+        """(status, headers in lower case, body). A body that is not bytes is sent as JSON; headers as x_y for X-Y."""
+        with self.open(method, path, body, **headers) as response:
+            return response.status, {name.lower(): text for name, text in response.getheaders()}, response.read()
+
+    @contextmanager
+    def open(self, method: str, path: str, body: object = None, **headers: str) -> Iterator[http.client.HTTPResponse]:
+        """The response while its body may still be coming; leaving the block hangs up."""
+        headers = {name.replace("_", "-"): text for name, text in headers.items()}
+        if body is not None and not isinstance(body, bytes):
+            headers = {"Content-Type": JSON, **headers}
+            body = json.dumps(body).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, body, headers)
+        with connection.getresponse() as response:
+            try:
+                yield response
+            finally:
+                connection.close()
+
+    def draw(self, accept: str = PNG, **values: object) -> tuple[int, dict, bytes]:
+        return self("POST", "/generate", {"prompt": "x", "steps": 1, **values}, accept=accept)
+
+    def error(self, *request: object, **headers: str) -> tuple[int, str]:
+        status, answered, body = self(*request, **headers)
+        assert answered["content-type"] == JSON
+        message = json.loads(body)["error"]
+        assert "\n" not in message
+        assert "Traceback" not in message
+        return status, message
+
+
+@contextmanager
+def serving(app, limits: Limits = Limits(), grace: float = 0.0, **options: object) -> Iterator[Client]:  # noqa: B008
+    sock = serve.bind("127.0.0.1", 0)
+    sock.listen()
+    server = Server(app, limits, grace, **options)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    try:
+        yield Client(sock.getsockname()[1], server)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+class WaitingPipe:
+    """Draws step after step until its client has left or the test lets it finish; one picture at a time."""
+
+    def __init__(self):
+        self.config, self.dtype, self.device = tiny_config(), torch.float32, torch.device("cpu")
+        self.tokenizer = Tokenizer()
+        self.times: dict[str, float] = {}
+        self.began: queue.Queue[str] = queue.Queue()
+        self.left: queue.Queue[str] = queue.Queue()
+        self.finish = threading.Semaphore(0)
+        self.alone = threading.Lock()
+
+    def generate(self, prompts, steps: int, on_step: Callable, **settings) -> list[Image.Image]:
+        assert self.alone.acquire(blocking=False), "two at once"
+        self.began.put(prompts[0])
+        try:
+            while not self.finish.acquire(timeout=0.01):
+                on_step(1, steps, None)
+        except worker.LeftError:
+            self.left.put(prompts[0])
+            raise
+        finally:
+            self.alone.release()
+        return [Image.new("RGB", (8, 8))]
+
+
+def event(response: http.client.HTTPResponse) -> dict[str, object]:
+    return json.loads(response.readline())
