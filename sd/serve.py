@@ -1,7 +1,7 @@
 """The service on this machine: `python -m sd.serve`, and what any other host of it needs.
 
 It listens on a loopback address; elsewhere only with a password, SD_AUTH=basic with SD_USER and SD_PASSWORD. The app
-is in sd/service/app.py, which alone imports the web framework.
+is in sd/service/app.py, and uvicorn around it in sd/service/server.py.
 """
 
 import logging
@@ -129,7 +129,7 @@ def run(hosting: Hosting, limits: Limits, model: ModelChoice) -> None:
         # A page elsewhere can point its own name at 127.0.0.1 and so read the answers: the Host header tells.
         hosts = None if auth else {"localhost", "127.0.0.1", "::1", host.lower()}
         made = app.create_app(pipe, limits, auth, facts, hosts, hosting.log_prompts)
-        sock.listen(128)
+        sock.listen()
         print(f"{facts['model']} on {facts['device']}: {url(sock)}", flush=True)
         serving = server.Server(made, limits, hosting.grace, hosting.trusted_proxy or ())
         end_on_sigterm(serving)

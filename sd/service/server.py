@@ -12,13 +12,19 @@ from functools import partial
 import uvicorn
 from fastapi import FastAPI
 
-from sd.service.connections import IDLE_SECONDS, Connection, Connections
+from sd.service.connections import IDLE_SECONDS, TOLD, Connection, Connections
 from sd.service.orders import Limits
 
 log = logging.getLogger(__name__)
 
-SPARE_FILES = 64
-"""Descriptors that no connection takes: for pictures, and for connections that are told that there is no place."""
+ACCEPTED_AT_ONCE = 32
+"""Connections that asyncio accepts before any of them is looked at. It calls this backlog."""
+
+BACKLOG = 1024
+"""Those that wait in the system to be accepted."""
+
+SPARE_FILES = 32 + TOLD + ACCEPTED_AT_ONCE
+"""Descriptors that no connection takes: for pictures, and for connections too many that are on their way out."""
 
 LAST_ANSWERS = 5
 """Seconds in which answers that are there are taken, at the end."""
@@ -45,6 +51,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=bool(proxies),
                 forwarded_allow_ips=list(proxies),
+                backlog=ACCEPTED_AT_ONCE,
                 timeout_keep_alive=IDLE_SECONDS,
                 timeout_graceful_shutdown=LAST_ANSWERS,
             )
@@ -53,6 +60,11 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(BACKLOG)
 
     async def on_tick(self, counter: int) -> bool:
         """Each tenth of a second."""

@@ -106,10 +106,10 @@ def test_a_stream_of_progress(client):
 
 def test_previews_in_the_stream(client):
     _, _, body = client.draw(NDJSON, steps=4, preview=2)
-    steps = [event for event in map(json.loads, body.splitlines()) if event["event"] == "step"]
-    assert ["preview" in event for event in steps] == [False, True, False, True]
-    for event in steps[1::2]:
-        with Image.open(io.BytesIO(base64.b64decode(event["preview"]))) as image:
+    steps = [one for one in map(json.loads, body.splitlines()) if one["event"] == "step"]
+    assert ["preview" in one for one in steps] == [False, True, False, True]
+    for one in steps[1::2]:
+        with Image.open(io.BytesIO(base64.b64decode(one["preview"]))) as image:
             assert (image.format, image.size) == ("PNG", (8, 8))
     for wrong in (0, "2", True):
         assert client.error("POST", "/generate", {"prompt": "x", "preview": wrong})[0] == 422
