@@ -133,6 +133,8 @@ def _check_size(given: Mapping[str, object], limits: Limits, config: Config) -> 
     side = config.image_size
     height, width = given.get("height", side), given.get("width", side)
     config.check_size(height, width)
+    if max(height, width) > limits.max_side:
+        raise ValueError(f"at most {limits.max_side} pixels of a side are drawn here: give height and width")
     if (largest := max(height, width) * given.get("hires", 1)) > limits.max_side:
         raise ValueError(f"hires makes {largest:g} pixels of a side, and at most {limits.max_side} are drawn here")
 

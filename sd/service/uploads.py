@@ -77,7 +77,8 @@ def _checked_size(name: str, data: bytes) -> tuple[int, int]:
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            (width, height), mode, turned = image.size, image.mode, image.getexif().get(0x0112) in TURNED
+            exif = Image.Image.getexif(image)  # that of PNGs would decode the pixels
+            (width, height), mode, turned = image.size, image.mode, exif.get(0x0112) in TURNED
     except Exception:
         raise ValueError(f"{name} cannot be read as a picture") from None
     most = MOST_WIDE_PIXELS if mode.startswith(("I", "F")) else MOST_PIXELS

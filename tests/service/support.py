@@ -28,6 +28,9 @@ class Client:
         self.port = port
         self.server = server
 
+    def connection(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+
     def __call__(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, dict, bytes]:
         """(status, headers in lower case, body). A body that is not bytes is sent as JSON; headers as x_y for X-Y."""
         with self.open(method, path, body, **headers) as response:
@@ -40,7 +43,7 @@ class Client:
         if body is not None and not isinstance(body, bytes):
             headers = {"Content-Type": JSON, **headers}
             body = json.dumps(body).encode()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = self.connection()
         connection.request(method, path, body, headers)
         with connection.getresponse() as response:
             try:

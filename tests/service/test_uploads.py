@@ -1,0 +1,101 @@
+"""Pictures that clients send: none is decoded before its turn, and none that is too large at all."""
+
+import base64
+import io
+import json
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sd.config import Config
+from sd.service import uploads
+from sd.service.app import create_app
+from sd.service.orders import Limits, read_order
+from sd.service.uploads import read_upload
+from sd.service.worker import FailedError
+from tests.service.support import JSON, NDJSON, InstantPipe, WaitingPipe, event, serving
+
+
+def in_base64(image: Image.Image, kind: str = "PNG", **options: object) -> str:
+    data = io.BytesIO()
+    image.save(data, format=kind, **options)
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def test_it_is_decoded_when_its_turn_comes(monkeypatch):
+    decoded: list[str] = []
+    upright = uploads.Upload.decode
+
+    def decode(upload: uploads.Upload) -> Image.Image:
+        decoded.append(threading.current_thread().name)
+        return upright(upload)
+
+    monkeypatch.setattr(uploads.Upload, "decode", decode)
+    pipe = WaitingPipe()
+    asked = {"prompt": "x", "init_image": in_base64(Image.new("RGB", (64, 64)))}
+    with serving(create_app(pipe)) as client, client.open("POST", "/generate", asked, accept=NDJSON) as first:
+        pipe.began.get(timeout=30)
+        with client.open("POST", "/generate", asked, accept=NDJSON) as second:
+            assert event(second)["event"] == "waiting"
+            assert len(decoded) == 1
+            pipe.finish.release(2)
+            first.read(), second.read()
+    assert len(decoded) == 2
+    assert all(name.startswith("draw") for name in decoded)
+
+
+def test_damaged_pixels_are_told_when_its_turn_comes():
+    whole = base64.b64decode(in_base64(Image.effect_noise((64, 64), 9)))
+    damaged = base64.b64encode(whole[: len(whole) // 2]).decode()
+    with serving(create_app(InstantPipe())) as client:
+        asked = {"prompt": "x", "init_image": damaged}
+        assert client.error("POST", "/generate", asked) == (422, "init_image is a damaged picture")
+        lines = client.draw(NDJSON, **asked)[2].splitlines()
+        assert json.loads(lines[-1]) == {"event": "error", "status": 422, "error": "init_image is a damaged picture"}
+        assert client.draw()[0] == 200
+
+
+def test_a_head_says_what_is_too_large():
+    gray = Image.fromarray(np.zeros((2100, 2100), np.uint16))
+    with pytest.raises(ValueError, match=r"2100x2100 of the kind I;16: at most 2048x2048 pixels"):
+        read_upload("mask", in_base64(gray))
+    with pytest.raises(ValueError, match=r"4200x4100 of the kind 1: at most 4096x4096"):
+        read_upload("mask", in_base64(Image.new("1", (4200, 4100))))
+    assert read_upload("mask", in_base64(Image.new("L", (2100, 2100)))).size == (2100, 2100)
+
+
+def test_the_size_is_that_of_the_upright_picture():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = in_base64(Image.new("RGB", (100, 50)), "JPEG", exif=exif)
+    upload = read_upload("init_image", turned)
+    assert upload.size == upload.decode().size == (50, 100)
+    order = {"prompt": "x", "init_image": turned, "outpaint": "0,0,0,900"}
+    assert read_order(json.dumps(order).encode(), Limits(), Config()).uploads[0].size == (50, 100)
+    with pytest.raises(FailedError, match="outpaint: at most"):
+        read_order(json.dumps(order | {"outpaint": "0,0,0,960"}).encode(), Limits(), Config())
+
+
+def test_no_pixel_is_decoded_for_an_order(monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda *_: 1 / 0)
+    asked = {"prompt": "x", "init_image": BIG, "mask": BIG}
+    order = read_order(json.dumps(asked).encode(), Limits(), Config())
+    assert [one.size for one in order.uploads] == [(512, 512)] * 2
+
+
+BIG = in_base64(Image.new("RGB", (512, 512)))
+
+
+def test_a_body_by_its_length_is_too_long_before_it_comes():
+    with serving(create_app(InstantPipe(), Limits(max_body=1000))) as client:
+        for length in ("1001", "9" * 400):
+            connection = client.connection()
+            connection.putrequest("POST", "/generate")
+            connection.putheader("Content-Type", JSON)
+            connection.putheader("Content-Length", length)
+            connection.endheaders()
+            answer = connection.getresponse()
+            assert answer.status in (413, 400)
+            connection.close()
