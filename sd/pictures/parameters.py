@@ -124,7 +124,7 @@ class Name(Choice):
     def __call__(self, name: str, value: object) -> str:
         if not isinstance(value, str):
             raise ValueError(f"{name} must be text, not {shown(value)}")
-        return self.read(value)
+        return self.read(value) if len(value) <= 60 else super().__call__(name, value)  # whose message is short
 
 
 @dataclass(frozen=True)
@@ -376,7 +376,7 @@ def add_options(add: Callable[..., object]) -> None:
 def check_parameter(name: str, value: object) -> object:
     """The value, as the type that this parameter has. Raises ValueError, naming the parameter and what it takes."""
     if name not in PARAMETERS:
-        raise ValueError(f"there is no parameter {name!r}; there are {', '.join(PARAMETERS)}")
+        raise ValueError(f"there is no parameter {shown(name)}; there are {', '.join(PARAMETERS)}")
     return PARAMETERS[name].check(name, value)
 
 
