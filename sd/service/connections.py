@@ -26,8 +26,8 @@ IDLE_SECONDS = 5
 READER_SECONDS, READER_BYTES = 30.0, 30 * 2**10
 """Who does not take so many bytes of an answer that waits, within so many seconds, has stopped reading."""
 
-PROBE_SECONDS = 0.5
-"""Between two looks at whether a client that has sent its last byte is still there."""
+SECOND_PROBE = 0.1
+"""Seconds after a client has sent its last byte: whether it is still there is seen by the second thing sent to it."""
 
 TOLD, TOLD_SECONDS = 32, 2.0
 """Connections over the limit that are told so, and how long they have to ask; any more are closed without a word."""
@@ -89,7 +89,7 @@ class Connection(H11Protocol):
         self.refused = False
         self._waits_since = time.monotonic()
         self._unread: tuple[float, int] | None = None  # since when, and how many bytes then
-        self._probe_at: float | None = None  # of a client that has sent its last byte
+        self._half_closed = False  # its client has sent its last byte
 
     @property
     def busy(self) -> bool:
@@ -119,7 +119,9 @@ class Connection(H11Protocol):
         if not self.busy or self.cycle.more_body:
             return False
         self.cycle.keep_alive = False
-        self._probe_at = time.monotonic()
+        self._half_closed = True
+        self._probe()
+        self.loop.call_later(SECOND_PROBE, self._probe)
         return True
 
     def send_400_response(self, msg: str) -> None:
@@ -138,8 +140,8 @@ class Connection(H11Protocol):
         """End it, if it is too slow."""
         if self._stopped_reading(now):
             self.transport.abort()
-        elif self._probe_at is not None:
-            self._probe(now)
+        elif self._half_closed:
+            self._probe()
         elif not self.busy and not self.transport.is_closing():
             waited = now - self._waits_since
             if waited > (TOLD_SECONDS if self.refused else HEAD_SECONDS):
@@ -153,12 +155,11 @@ class Connection(H11Protocol):
             self._unread = now, size
         return self._unread is not None and now - self._unread[0] > READER_SECONDS
 
-    def _probe(self, now: float) -> None:
-        """To a client that has hung up, the second of these cannot be sent. To others `100 Continue` says nothing."""
-        http_1_0 = self.cycle.scope["http_version"] == "1.0"
-        if now < self._probe_at or http_1_0 or self.conn.our_state is not h11.SEND_RESPONSE:
+    def _probe(self) -> None:
+        """To a client that has hung up this cannot be sent. To all others `100 Continue` says nothing."""
+        begun = self.conn.our_state is not h11.SEND_RESPONSE
+        if begun or self.cycle.scope["http_version"] == "1.0" or self.transport.is_closing():
             return
-        self._probe_at = now + PROBE_SECONDS
         self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[], reason="Continue")))
 
     def _too_slow(self) -> None:

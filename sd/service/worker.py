@@ -25,7 +25,7 @@ HEARTBEAT = 1.0
 FINAL = ("done", "error")
 
 FIRST_GUESS = 10.0
-"""Seconds of a request, before one has been measured."""
+"""Seconds to wait, before a request has been measured."""
 
 LONGEST_WAIT = 600
 """Seconds that a client is told to wait, at most."""
@@ -177,13 +177,12 @@ class Worker:
 
     def _seconds_until_free(self, before: int) -> float:
         """Until as many tasks are done as have to be: the one that runs, and one more for each client before."""
-        seconds = 0.0
-        if self._current is not None:
-            seconds = max(0.0, self._seconds(self._current) - (self._clock() - self._current.started))
-        return seconds + sum(self._seconds(task) for task in self._in_order()[:before])
-
-    def _seconds(self, task: Task) -> float:
-        return FIRST_GUESS if self._pace is None else self._pace * task.size
+        if self._pace is None:
+            return FIRST_GUESS
+        size = sum(task.size for task in self._in_order()[:before])
+        if self._current is None:
+            return self._pace * size
+        return self._pace * size + max(0.0, self._pace * self._current.size - (self._clock() - self._current.started))
 
     # ---- the queue
 

@@ -2,11 +2,16 @@
 
 import http.client
 import json
+import os
 import queue
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -28,8 +33,9 @@ class Client:
         self.port = port
         self.server = server
 
-    def connection(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+    def connection(self, address: str = "127.0.0.1") -> http.client.HTTPConnection:
+        """From an address of this machine: all of 127.0.0.0/8 are, on Linux."""
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60, source_address=(address, 0))
 
     def __call__(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, dict, bytes]:
         """(status, headers in lower case, body). A body that is not bytes is sent as JSON; headers as x_y for X-Y."""
@@ -39,11 +45,11 @@ class Client:
     @contextmanager
     def open(self, method: str, path: str, body: object = None, **headers: str) -> Iterator[http.client.HTTPResponse]:
         """The response while its body may still be coming; leaving the block hangs up."""
+        connection = self.connection(headers.pop("from_address", "127.0.0.1"))
         headers = {name.replace("_", "-"): text for name, text in headers.items()}
         if body is not None and not isinstance(body, bytes):
             headers = {"Content-Type": JSON, **headers}
             body = json.dumps(body).encode()
-        connection = self.connection()
         connection.request(method, path, body, headers)
         with connection.getresponse() as response:
             try:
@@ -51,8 +57,9 @@ class Client:
             finally:
                 connection.close()
 
-    def draw(self, accept: str = PNG, **values: object) -> tuple[int, dict, bytes]:
-        return self("POST", "/generate", {"prompt": "x", "steps": 1, **values}, accept=accept)
+    def draw(self, accept: str = PNG, from_address: str = "127.0.0.1", **values: object) -> tuple[int, dict, bytes]:
+        values = {"prompt": "x", "steps": 1, **values}
+        return self("POST", "/generate", values, accept=accept, from_address=from_address)
 
     def error(self, *request: object, **headers: str) -> tuple[int, str]:
         status, answered, body = self(*request, **headers)
@@ -61,6 +68,22 @@ class Client:
         assert "\n" not in message
         assert "Traceback" not in message
         return status, message
+
+
+@contextmanager
+def started(*options: str, folder: Path, **environment: str) -> Iterator[tuple[subprocess.Popen, Client]]:
+    """The program in a process, which is gone afterwards however the test ends."""
+    line = [sys.executable, serve.__file__, "--port", "0", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SD_AUTH": "none", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, cwd=folder, env=environment, **pipes) as process:
+        try:
+            said = process.stdout.readline()
+            port = re.fullmatch(r".* on \w+: http://127.0.0.1:(\d+)/\n", said)
+            assert port, said + process.stderr.read()
+            yield process, Client(int(port[1]))
+        finally:
+            process.kill()
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import base64
 import http.client
 import io
 import json
-import os
 import re
 import signal
 import socket
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from sd.service.answers import answer_type
 from sd.service.app import create_app
 from sd.service.orders import Limits, limits_from_env
 from sd.service.worker import ENDING
-from tests.service.support import JSON, NDJSON, PNG, Client, WaitingPipe, event, serving
+from tests.service.support import JSON, NDJSON, PNG, Client, WaitingPipe, event, serving, started
 
 PROGRAM = Path(serve.__file__)
 
@@ -429,22 +428,6 @@ def test_a_start_that_fails(tiny_checkpoint, monkeypatch, capfd, arguments, word
 def test_a_port_in_use(client, capfd):
     assert serve.main(["--port", str(client.port)]) == 2
     assert f"port {client.port} cannot be used (Address already in use)" in capfd.readouterr().err
-
-
-@contextmanager
-def started(*options: str, folder: Path, **environment: str) -> Iterator[tuple[subprocess.Popen, Client]]:
-    """The program in a process, which is gone afterwards however the test ends."""
-    line = [sys.executable, str(PROGRAM), "--port", "0", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SD_AUTH": "none", **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(line, cwd=folder, env=environment, **pipes) as process:
-        try:
-            said = process.stdout.readline()
-            port = re.fullmatch(r".* on \w+: http://127.0.0.1:(\d+)/\n", said)
-            assert port, said + process.stderr.read()
-            yield process, Client(int(port[1]))
-        finally:
-            process.kill()
 
 
 def drawing(client: Client) -> AbstractContextManager[http.client.HTTPResponse]:
