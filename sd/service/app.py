@@ -12,8 +12,10 @@ container behind a proxy, and a client that leaves takes its place in the queue 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,12 +100,13 @@ class Service:
             "/": ("GET", self.page),
         }
         self._uploads = Uploads()
-        self._reading = asyncio.Lock()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         yield
         self.worker.close()
+        self._reader.shutdown(wait=False)
 
     async def end(self, grace: float) -> None:
         """Take nothing new, finish what is drawn within so many seconds, and tell all others that this is the end."""
@@ -139,8 +142,8 @@ class Service:
 
     async def _read(self, body: Body) -> Order:
         """One at a time: what is read can be much larger than its JSON, for the moment."""
-        async with self._reading:
-            return await asyncio.to_thread(read_order, bytes(body.data), self.limits, self.pipe.config)
+        reading = partial(read_order, bytes(body.data), self.limits, self.pipe.config)
+        return await asyncio.get_running_loop().run_in_executor(self._reader, reading)
 
     def _check_room(self, client: str) -> None:
         if self.worker.room_for(client):
