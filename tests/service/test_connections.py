@@ -224,12 +224,13 @@ def test_a_body_that_comes_too_slowly(quick):
         assert rest(opened(quick.port, f"{head}{length}{{".encode())).startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_connection_is_kept_for_the_next_request_and_not_for_ever(quick, monkeypatch):
+def test_a_connection_is_kept_for_the_next_request_and_not_for_ever(quick):
     connection = http.client.HTTPConnection("127.0.0.1", quick.port, timeout=30)
-    for _ in range(3):
+    for _ in range(5):  # longer than a head may take
         connection.request("GET", "/healthz", headers={"Authorization": password()})
         answer = connection.getresponse()
         assert (answer.status, bool(answer.read())) == (200, True)
+        time.sleep(0.2)
     assert connection.sock.recv(1) == b""
 
 
@@ -325,6 +326,24 @@ def test_a_client_that_sends_no_more_gets_its_answer(version):
     assert (b"100 Continue" in answer) == (version == "1.1")
 
 
+def hung_up(pipe: WaitingPipe, client: Client) -> bool:
+    """Whether it is seen that a client that waits for a PNG has hung up."""
+    connection = client.connection()
+    connection.request("POST", "/generate", b'{"prompt": "gone"}', {"Content-Type": JSON})
+    pipe.began.get(timeout=30)
+    connection.close()
+    return pipe.left.get(timeout=30) == "gone"
+
+
+def test_who_hangs_up_is_told_from_who_sends_no_more_at_once_or_later(monkeypatch):
+    with monkeypatch.context() as patch, serving(create_app(pipe := WaitingPipe())) as client:
+        patch.setattr(Connections, "sweep", lambda *_: None)
+        assert hung_up(pipe, client)
+    with monkeypatch.context() as patch, serving(create_app(pipe := WaitingPipe())) as client:
+        patch.setattr(connections, "SECOND_PROBE", 1000)
+        assert hung_up(pipe, client)
+
+
 def test_half_a_body_and_no_more(caplog):
     caplog.set_level(logging.INFO)
     with serving(create_app(InstantPipe())) as client:
@@ -362,6 +381,20 @@ def test_a_body_that_breaks_off(caplog, accept):
         assert rest(sock).startswith(b"HTTP/1.1 400 ")
         assert client("GET", "/healthz")[0] == 200
     assert "Traceback" not in caplog.text
+
+
+def test_a_body_that_breaks_off_when_it_is_answered_already(caplog):
+    caplog.set_level(logging.ERROR)
+    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    with serving(create_app(InstantPipe(), Limits(max_body=10), auth=BasicAuth("a", "b"))) as client:
+        sock = opened(client.port, head)
+        assert sock.recv(2**16).startswith(b"HTTP/1.1 401 ")
+        sock.sendall(b"zz\r\n")
+        rest(sock)
+    with serving(create_app(InstantPipe(), Limits(max_body=10))) as client:
+        rest(opened(client.port, head + b"14\r\n" + b" " * 20 + b"\r\nzz\r\n"))  # too long, and broken, in one piece
+        assert client("GET", "/healthz")[0] == 200
+    assert caplog.text == ""
 
 
 def test_small_answers_do_not_wait():

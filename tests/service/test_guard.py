@@ -4,6 +4,7 @@ import base64
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -95,11 +96,20 @@ def test_a_lockout_over_http_is_by_client(monkeypatch):
         assert status("a:b", "10.0.0.3") == 200, "who has not guessed is not locked out"
 
 
-def test_nobody_names_a_client_but_the_proxy(monkeypatch):
+@pytest.mark.parametrize("proxies", [[], ["10.9.9.9"]])
+def test_nobody_names_a_client_but_the_proxy(monkeypatch, proxies):
     monkeypatch.setattr(Lockout, "FIRST_DELAY", 0.0)
-    with serving(create_app(InstantPipe(), auth=BasicAuth("a", "b"))) as client:
+    with serving(create_app(InstantPipe(), auth=BasicAuth("a", "b")), proxies=proxies) as client:
         sent = [{"authorization": password("a:no"), "x_forwarded_for": f"10.0.0.{number}"} for number in range(11)]
         assert [client("GET", "/healthz", **one)[0] for one in sent] == [401] * 10 + [429]
+
+
+def test_a_wrong_password_is_answered_late(monkeypatch):
+    monkeypatch.setattr(Lockout, "FIRST_DELAY", 0.5)
+    with serving(create_app(InstantPipe(), auth=BasicAuth("a", "b"))) as client:
+        start = time.monotonic()
+        assert client("GET", "/healthz", authorization=password("a:no"))[0] == 401
+        assert time.monotonic() - start >= 0.5
 
 
 # ---- methods

@@ -97,6 +97,10 @@ def test_one_that_found_no_place_has_one_kept():
         assert worker.room_for("polite")
         worker.submit(held("e"), "polite")
         assert not worker.room_for("polite"), "one place was kept, not two"
+        await began(held)
+        held.let_go.release()
+        await last(tasks[1])
+        assert worker.room_for("greedy"), "and it is kept no more"
         worker.close()
 
     in_loop(run)
@@ -137,6 +141,12 @@ def test_how_long_to_wait_is_what_is_before_one():
         assert worker.come_back("b") == 14, "who asks again keeps the place"
         for task in tasks:
             task.cancel()
+        clock.now += 1000
+        while worker.running:
+            await asyncio.sleep(0.001)
+        worker.submit(held("last"), "a", size=3)
+        await began(held)
+        assert worker.come_back("d") == 12, "what was not finished says nothing of how long one takes"
         worker.close()
 
     in_loop(run)
