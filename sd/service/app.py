@@ -66,7 +66,7 @@ def create_app(
     for path, (method, answers) in service.routes.items():
         methods = [method, "HEAD"] if method == "GET" else [method]
         app.add_api_route(path, answers, methods=methods, response_model=None)
-    app.add_exception_handler(FailedError, lambda request, error: refusal(error.status, str(error)))
+    app.add_exception_handler(FailedError, service.failed)
     app.add_exception_handler(HTTPException, service.http_error)
     gate, policy = Gate(auth, hosts, Lockout()), content_security_policy(service.html)
     app.add_middleware(
@@ -171,6 +171,10 @@ class Service:
         return HTMLResponse(self.html)
 
     # ---- what is no route
+
+    async def failed(self, request: Request, error: FailedError) -> Response:
+        """Not a plain function: that would be called in a thread."""
+        return refusal(error.status, str(error))
 
     async def http_error(self, request: Request, error: HTTPException) -> Response:
         """OPTIONS too, which no route has: it is the list that an answer of 405 brings along."""

@@ -49,7 +49,6 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                proxy_headers=bool(proxies),
                 forwarded_allow_ips=list(proxies),
                 backlog=ACCEPTED_AT_ONCE,
                 timeout_keep_alive=IDLE_SECONDS,

@@ -14,7 +14,7 @@ from sd.pictures.png import read_parameters
 from sd.pipeline import DEMO_CHECKPOINT, StableDiffusion
 from sd.service.app import create_app
 from sd.service.orders import Limits
-from tests.service.test_serve import WaitingPipe, serving
+from tests.service.support import WaitingPipe, serving
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.chrome.service import Service  # noqa: E402
@@ -145,6 +145,19 @@ def test_an_error_is_shown(driver, demo):
     page.wait(lambda: page["error"].is_displayed())
     assert page.text("error") == "Steps must be at most 30 here, not 31"
     assert page["draw"].is_displayed()
+
+
+def test_what_of_a_prompt_is_not_read_is_shown(driver, demo):
+    page = Page(driver, demo)
+    driver.find_element(By.TAG_NAME, "summary").click()
+    driver.find_element(By.NAME, "prompt_syntax").send_keys("plain")
+    page.set(prompt="a fox " * 40 + "with a tail", steps=2)
+    page["draw"].click()
+    page.wait(page.pictures)
+    assert driver.find_element(By.CLASS_NAME, "cut").text.endswith("a fox with a tail”")
+    save(driver, "cut")
+    assert page.overflow() <= 0
+    assert page.complaints() == []
 
 
 def test_a_drawing_is_stopped(driver):
