@@ -80,9 +80,9 @@ class Lockout:
         self._wrong: dict[str, tuple[int, float]] = {}  # how many, and when the last; the oldest first
 
     def seconds_left(self, client: str) -> float:
-        """For which the client is locked out: 0 if it is not."""
+        """For which the client is locked out: 0 if it is not. One without an address could be anybody."""
         count, last = self._wrong.get(client, (0, 0.0))
-        if count < self.FREE:
+        if count < self.FREE or not client:
             return 0.0
         lock = min(self.FIRST_LOCK * 2 ** min(count - self.FREE, 20), self.LONGEST_LOCK)
         return max(0.0, last + lock - self._clock())

@@ -52,6 +52,12 @@ def test_each_wrong_one_is_answered_later_and_some_lock_out():
     assert lockout.seconds_left("a") == Lockout.LONGEST_LOCK
 
 
+def test_who_has_no_address_is_not_locked_out_for_all_others():
+    lockout = Lockout()
+    delays = [lockout.wrong("") for _ in range(50)]
+    assert (lockout.seconds_left(""), delays[-1]) == (0, Lockout.LONGEST_DELAY)
+
+
 def test_the_right_one_and_time_forgive():
     clock = Clock()
     lockout = Lockout(clock)
