@@ -87,8 +87,8 @@ def drawn_by_diffusers(pipe, nets, kind=StableDiffusionControlNetPipeline, **giv
 CASES = {
     "one": [(1.0, 0.0, 1.0)],
     "weight": [(0.6, 0.0, 1.0)],
-    "its end": [(1.0, 0.0, 0.5)],
-    "its start": [(1.0, 0.5, 1.0)],
+    "its end": [(1.0, 0.0, 0.6)],
+    "its start": [(1.0, 0.4, 1.0)],
     "two": [(0.7, 0.0, 0.75), (0.5, 0.25, 1.0)],
 }
 
@@ -110,4 +110,6 @@ def test_pictures_are_those_of_diffusers(pipe, nets, files, numbers):
     drawn = pixels(pipe.generate("a red fox", **DRAW, control=control))
     assert np.abs(drawn - expected).max() <= 1
     assert np.abs(drawn - plain).max() > 8, "it changes the picture"
+    other = [Control(one.name, picture(9), *n) for one, n in zip(control, numbers, strict=True)]
+    assert np.abs(pixels(pipe.generate("a red fox", **DRAW, control=other)) - drawn).max() > 2, "it sees its picture"
     assert np.array_equal(pixels(pipe.generate("a red fox", **DRAW)), plain)

@@ -40,6 +40,7 @@ def test_exact_switches_draw_the_plain_picture(make, net, name):
     plain = make()
     expected = drawn(plain, net, 0.8, 0.0, 0.5)
     assert apart(expected, pixels(plain.generate("a cat", **LONGER))) > 8, "the control changes the picture"
+    assert apart(expected, drawn(plain, net, 0.8, 0.0, 0.5, picture=PICTURE.rotate(90))) > 8, "it sees its picture"
     assert apart(drawn(make(name), net, 0.8, 0.0, 0.5), expected) <= 1
 
 
@@ -72,12 +73,16 @@ def test_approximate_switches_that_save_nothing_draw_the_plain_picture(make, net
     assert apart(drawn(make(name), net), drawn(make(), net)) <= 1
 
 
-@pytest.mark.parametrize("name", ["deepcache=2", "tgate=3", "guidance-interval=0.0-0.5", "token-merging=0.5"])
-def test_approximate_switches_stay_near_and_see_the_control(make, net, name):
+NEAR = {name: (0.0, 1.0) for name in ("deepcache=2", "tgate=3", "guidance-interval=0.0-0.5", "token-merging=0.5")}
+LATE = {name: (0.5, 1.0) for name in ("tgate=3", "guidance-interval=0.0-0.5")}  # where they run half a batch
+
+
+@pytest.mark.parametrize(("name", "part"), [*NEAR.items(), *LATE.items()])
+def test_approximate_switches_stay_near_and_see_the_control(make, net, name, part):
     """Nearer to the plain picture with the control than to their own without it."""
     pipe = make(name)
-    with_control, without = drawn(pipe, net), pixels(pipe.generate("a cat", **LONGER))
-    plain = drawn(make(), net)
+    with_control, without = drawn(pipe, net, 1.0, *part), pixels(pipe.generate("a cat", **LONGER))
+    plain = drawn(make(), net, 1.0, *part)
     assert np.abs(with_control - plain).mean() < np.abs(without - plain).mean() / 2
 
 
