@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 PROMPT ?= a red apple
-OUT ?= output.png
+OUT ?=
 STEPS ?= 25
 SAMPLER ?= ddim
 SEED ?=
@@ -18,8 +18,8 @@ export PROMPT OUT
 .PHONY: image test test-full lint format bench clean
 
 image: $(VENV)/.installed
-	@$(BIN)/python sd/inference.py --prompt "$$PROMPT" --steps $(STEPS) --sampler $(SAMPLER) --out "$$OUT" \
-	    $(if $(SEED),--seed $(SEED)) $(if $(CKPT),--ckpt "$(CKPT)") $(ARGS)
+	@$(BIN)/python sd/inference.py --prompt "$$PROMPT" --steps $(STEPS) --sampler $(SAMPLER) \
+	    $(if $(value OUT),--out "$$OUT") $(if $(SEED),--seed $(SEED)) $(if $(CKPT),--ckpt "$(CKPT)") $(ARGS)
 
 test: $(VENV)/.installed-dev
 	# Small models: two processes of one thread each; a second thread would only wait for the first.

@@ -44,10 +44,12 @@ if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
 from sd.pictures import parameters  # noqa: E402
-from sd.pictures.files import left_to_draw, output_files  # noqa: E402
+from sd.pictures.files import DEFAULT, left_to_draw, named, output_files  # noqa: E402
+from sd.pictures.loras import refuse  # noqa: E402
 from sd.pictures.model import ModelChoice  # noqa: E402
 from sd.pictures.parameters import UserError, checked  # noqa: E402
-from sd.pictures.plan import Entry, Job, Picture, plan, read_prompts  # noqa: E402
+from sd.pictures.plan import Job, Picture, plan  # noqa: E402
+from sd.pictures.prompts_file import Entry, read_prompts  # noqa: E402
 from sd.service.orders import limits_from_env  # noqa: E402
 from sd.writing import write_whole  # noqa: E402
 
@@ -334,7 +336,7 @@ def main(
     ckpt: str = CHECKPOINT,
     gpu: str | None = None,
     max_containers: int = 10,
-    out: str = "output.png",
+    out: str | None = None,
     out_dir: str = "pictures",
     overwrite: bool = False,
     **given: object,
@@ -352,7 +354,7 @@ def main(
             model = Model.with_options(**options, max_containers=max_containers)(ckpt=ckpt, opt=opt)
             draw_file(pictures, model, len(os.listdir(out_dir)))
         else:
-            pictures = plan_prompt(prompt, shared, out)
+            pictures = plan_prompt(prompt, shared, DEFAULT if overwrite and out is None else out)
             check_weights(ckpt)
             draw_prompt(pictures, infer.with_options(**options) if options else infer, ckpt, opt)
     except (UserError, ValueError, OSError, modal.exception.Error) as error:
@@ -393,14 +395,21 @@ def check_weights(ckpt: str) -> None:
 # ---- one prompt
 
 
-def plan_prompt(prompt: str, shared: dict[str, object], out: str) -> list[Picture]:
-    """The pictures of one prompt and their files. Raises UserError."""
+def plan_prompt(prompt: str, shared: dict[str, object], out: str | None) -> list[Picture]:
+    """The pictures of one prompt and their files: out is None for output.png, or what is free after it.
+
+    Raises UserError.
+    """
     if shared.get("num_images", 1) > MOST_OF_A_PROMPT:
         raise UserError(f"--num-images: at most {MOST_OF_A_PROMPT} of one --prompt; a --prompts-file takes any number")
     shared = dict(shared)
     first_seed = shared.pop("seed", secrets.randbelow(2**32))
     jobs = plan([Entry("", checked("", {"prompt": prompt}))], shared, first_seed)
-    return list(zip(jobs, output_files(out, jobs, many=len(jobs) > 1), strict=True))
+    refuse(jobs)
+    pictures = list(named(jobs, out, many=len(jobs) > 1, random=True))
+    if other := next((file for _, file in pictures if file.suffix.lower() != ".png"), None):
+        raise UserError(f"--out: {other} must end in .png: that is what the container returns")
+    return pictures
 
 
 def draw_prompt(pictures: Sequence[Picture], function: modal.Function, ckpt: str, opt: str) -> None:
@@ -414,6 +423,7 @@ def draw_prompt(pictures: Sequence[Picture], function: modal.Function, ckpt: str
     if error:
         raise UserError(error)
     for (drawn, file), png in zip(pictures, pngs, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, png)
         print(f"{file}  seed {drawn.seed}")
 
@@ -429,6 +439,7 @@ def plan_file(path: str, shared: dict[str, object], folder: Path, ckpt: str, ove
     for job, one in ((job, one) for job in jobs for one in parameters.recorded() if one.file or one.local):
         if job.values[one.name] is not None:
             raise UserError(f"{job.where}: {one.name} is a file of this machine; draw it with sd/inference.py")
+    refuse(jobs)
     folder.mkdir(parents=True, exist_ok=True)
     files = output_files(f"{folder}/{{index:05}}-{{seed}}.png", jobs, many=True)
     pictures = list(zip(jobs, files, strict=True))

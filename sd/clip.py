@@ -64,8 +64,13 @@ class Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.width)
         self.position_embedding = nn.Embedding(cfg.max_length, cfg.width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
+    def forward(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
+        positions = self.position_embedding.weight[: tokens.shape[1]]
+        if learned is None:
+            return self.token_embedding(tokens) + positions
+        beyond = tokens - self.token_embedding.num_embeddings
+        known = self.token_embedding(tokens.where(beyond < 0, 0))
+        return torch.where((beyond < 0)[..., None], known, learned.to(known)[beyond.clamp(min=0)]) + positions
 
 
 class Encoder(nn.Module):
@@ -88,6 +93,9 @@ class CLIP(nn.Module):
         self.encoder = Encoder(cfg)
         self.final_layer_norm = nn.LayerNorm(cfg.width)
 
-    def forward(self, tokens: Tensor, skip: int = 0) -> Tensor:
-        """Token ids [B, L], L <= 77 -> context [B, L, C]; without the last `skip` layers."""
-        return self.final_layer_norm(self.encoder(self.embeddings(tokens), skip))
+    def forward(self, tokens: Tensor, skip: int = 0, learned: Tensor | None = None) -> Tensor:
+        """Token ids [B, L], L <= 77 -> context [B, L, C]; without the last `skip` layers.
+
+        learned: vectors [n, C] of words that are not in the table; their ids follow its last one.
+        """
+        return self.final_layer_norm(self.encoder(self.embeddings(tokens, learned), skip))

@@ -67,15 +67,26 @@ class VAEConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
 
+PREDICTIONS = ("eps", "v")
+
+
 @dataclass(frozen=True)
 class Config:
-    """A whole model. `image_size` is the side in pixels that it was trained at, and draws by default."""
+    """A whole model. `image_size` is the side in pixels that it was trained at, and draws by default.
+
+    prediction: what the UNet says of noisy latents: "eps", the noise in them, or "v" (Salimans and Ho 2022).
+    """
 
     text: TextConfig = field(default_factory=TextConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     image_size: int = 512
     name: str = "Stable Diffusion 1.5"
+    prediction: str = "eps"
+
+    def __post_init__(self):
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"no prediction {self.prediction!r}; there are {', '.join(PREDICTIONS)}")
 
     @property
     def size_multiple(self) -> int:

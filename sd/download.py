@@ -12,6 +12,7 @@ import http.client
 import os
 import re
 import shutil
+import socket
 import sys
 import time
 import urllib.error
@@ -31,6 +32,12 @@ SILENCE = 30.0
 
 RETRIES = 6
 LONGEST_PAUSE = 120.0
+SLOWEST = 1024, 60.0
+"""Bytes a second, over so many seconds, under which a connection counts as lost."""
+
+KEPT_FREE = 256 * 2**20
+"""Bytes that a body without a known end leaves on the disk."""
+
 RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -143,12 +150,19 @@ def _locked_part(path: Path) -> Iterator[BinaryIO]:
     """The part file, open for reading and appending, which no other download has open."""
     part_path = _part_path(path)
     try:
-        part = part_path.open("a+b", buffering=0)
+        # Not through a link, to somebody's file: appending would write to that.
+        part = open(part_path, "a+b", buffering=0, opener=_not_through_links)  # noqa: SIM115
     except OSError as error:
+        if part_path.is_symlink():
+            raise DownloadError(f"{part_path} is a link, which is not followed; remove it") from None
         raise DownloadError(f"{part_path} cannot be written ({error.strerror})") from None
     with part:
         _lock(part, part_path)
         yield part
+
+
+def _not_through_links(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _lock(part: BinaryIO, part_path: Path) -> None:
@@ -226,11 +240,25 @@ def _open(source: Source, have: int, etag: str, silence: float) -> http.client.H
         if etag:
             headers["If-Range"] = etag
     try:
-        return urllib.request.urlopen(urllib.request.Request(source.url, headers=headers), timeout=silence)
+        request = urllib.request.Request(source.url, headers=headers)
+        return urllib.request.build_opener(_OnlyHttp).open(request, timeout=silence)
     except urllib.error.HTTPError as error:
         raise _status_error(source, error, have) from None
     except (OSError, http.client.HTTPException) as error:
-        raise _InterruptedError(f"{source.url}: {getattr(error, 'reason', None) or error}") from None
+        reason = getattr(error, "reason", None) or error
+        if isinstance(reason, socket.gaierror):
+            host = urllib.parse.urlsplit(source.url).hostname
+            raise DownloadError(f"{host} cannot be found ({reason.strerror}): is this machine online?") from None
+        raise _InterruptedError(f"{source.url}: {reason}") from None
+
+
+class _OnlyHttp(urllib.request.HTTPRedirectHandler):
+    """Redirects lead to no other kind of address."""
+
+    def redirect_request(self, request, fp, code, message, headers, url):
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+            raise DownloadError(f"{request.full_url} leads to {url[:200]}, which is no http address")
+        return super().redirect_request(request, fp, code, message, headers, url)
 
 
 def _status_error(source: Source, error: urllib.error.HTTPError, have: int) -> Exception:
@@ -272,11 +300,24 @@ def _check_space(folder: Path, needed: int) -> None:
 def _copy(
     response: http.client.HTTPResponse, part: BinaryIO, total: int | None, on_bytes: Callable[[int], object]
 ) -> None:
-    """Append the body. Raises _InterruptedError if it ends early, _WrongBytesError if it does not end in time."""
+    """Append the body. Raises _InterruptedError if it ends early or trickles, _WrongBytesError if it is too long.
+
+    One without a known end leaves KEPT_FREE bytes on the disk: DownloadError.
+    """
+    since, bytes_since = time.monotonic(), 0
     try:
-        while chunk := response.read(CHUNK):
+        while chunk := response.read1(CHUNK):  # what there is: a trickle would fill CHUNK in a week
             _write(part, chunk)
             on_bytes(len(chunk))
+            bytes_since += len(chunk)
+            if (seconds := time.monotonic() - since) > SLOWEST[1]:
+                if bytes_since < SLOWEST[0] * seconds:
+                    raise _InterruptedError(f"{bytes_since} bytes came in {seconds:.0f} seconds")
+                since, bytes_since = time.monotonic(), 0
+            if total is None and shutil.disk_usage(Path(part.name).parent).free < KEPT_FREE:
+                told = f"the disk is all but full after {part.tell()} bytes of a body without a known end"
+                part.truncate(0)
+                raise DownloadError(told)
             if total is not None and part.tell() > total:
                 raise _WrongBytesError(f"more than {total} bytes came")
     except (OSError, http.client.HTTPException) as error:

@@ -63,7 +63,8 @@ class Call:
 
     step counts from 0 to steps - 1, timestep is the schedule's there. guided: the picture is drawn with guidance.
     halves_alike: the call's batch is two halves that hold the same latents. anew: nothing may serve in it that an
-    earlier step has left, as where the batch is another than at that step. Between pictures it is as it is made.
+    earlier step has left, as where the batch is another than at that step. predicted: the clean latents that the
+    network's latest answer comes to, [B, C, H, W]. Between pictures it is as it is made.
     """
 
     step: int = 0
@@ -72,6 +73,7 @@ class Call:
     guided: bool = False
     halves_alike: bool = False
     anew: bool = False
+    predicted: Callable[[], Tensor] | None = None
 
     @contextmanager
     def sampling(self, timesteps: Sequence[int], guided: bool) -> Iterator[Callable[[int], None]]:
@@ -109,9 +111,15 @@ class Guided:
         self.predict = predict
         self.conditions = conditions
         self.call = call or Call()
+        self.latest: tuple[Tensor, Tensor, float] | None = None
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        """Latents x [B, C, H, W] at timestep t -> the noise in them, [B, C, H, W] in x's dtype."""
+        """Latents x [B, C, H, W] at timestep t -> the noise in them, [B, C, H, W] in x's dtype; both are `latest`."""
+        eps = self._eps(x, t)
+        self.latest = x, eps, t
+        return eps
+
+    def _eps(self, x: Tensor, t: float) -> Tensor:
         t = torch.full((), t, device=x.device)  # filled there: a copy would make the host wait
         scale, context = self.conditions.scale, self.conditions.context_at(self.call.step)
         given = self._with_beside(x).to(context.dtype)

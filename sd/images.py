@@ -31,7 +31,29 @@ def read_rgb(path: str | os.PathLike) -> Image.Image:
 def read(path: str | os.PathLike) -> Image.Image:
     """The picture in a file as it is, transparency too. Raises ValueError, naming the file."""
     with _naming(path), Image.open(path, formats=FORMATS) as image:
-        return ImageOps.exif_transpose(image)
+        return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture decoded, turned as its EXIF says."""
+    image.load()
+    return ImageOps.exif_transpose(image)
+
+
+def size_of_file(path: str | os.PathLike) -> tuple[int, int] | None:
+    """Width and height, upright, from the head of the file; None for what is no picture."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            return (height, width) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
+    except Exception:  # decoders raise whatever they stumble over
+        return None
+
+
+def check_whole(path: str | os.PathLike) -> None:
+    """Raise ValueError, naming the file, unless all of its pixels can be decoded."""
+    with _naming(path), Image.open(path, formats=FORMATS) as image:
+        image.load()
 
 
 def check_readable(path: str | os.PathLike) -> None:

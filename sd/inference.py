@@ -9,8 +9,9 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,12 +31,15 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from sd import samplers  # noqa: E402
-from sd.pictures import drawing, parameters  # noqa: E402
+from sd.pictures import drawing, loras, parameters  # noqa: E402
 from sd.pictures.controls import check_controls, load_controls  # noqa: E402
-from sd.pictures.files import NAME_FIELDS  # noqa: E402
+from sd.pictures.files import DEFAULT, NAME_FIELDS, Pictures  # noqa: E402
 from sd.pictures.model import ModelChoice, add_model_options, add_speed_options  # noqa: E402
 from sd.pictures.parameters import PARAMETERS, OneLineParser, UserError  # noqa: E402
+from sd.pictures.plan import Picture  # noqa: E402
 from sd.pictures.run import Run, check_init_images, not_there_yet, pictures_of, recalled  # noqa: E402
+from sd.pictures.saving import STDOUT  # noqa: E402
+from sd.pictures.streams import steady  # noqa: E402
 
 if TYPE_CHECKING:
     from sd.pipeline import StableDiffusion
@@ -81,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     speed("--explain", action="store_true", help="print what runs in each module, and which optimization put it there")
     speed("--batch-size", type=int, metavar="N", help="pictures at once (what memory allows; halved when it runs out)")
     _add_output(parser.add_argument_group("the files").add_argument)
+    _add_watching(parser.add_argument_group("while a picture forms").add_argument)
     return parser
 
 
@@ -90,10 +95,11 @@ def _add_sources(add: Callable[..., object]) -> None:
         "--prompts-file",
         type=Path,
         metavar="FILE",
-        help='a prompt a line, or .jsonl: {"prompt": "a fox", "steps": 30, "seed": 1} with any of: '
+        help='a prompt a line, or JSON: {"prompt": "a fox", "steps": 30, "seed": 1} with any of: '
         + ", ".join(PARAMETERS),
     )
     add("--from-png", type=Path, metavar="FILE", help="draw a picture of this program again")
+    add("--inspect", type=Path, metavar="FILE", help="say what a file of weights is and how to use it, and leave")
     add("--list-opts", action="store_true", help="list the optimizations and leave")
     add("--list-samplers", action="store_true", help="list the samplers and schedules and leave")
 
@@ -102,17 +108,28 @@ def _add_output(add: Callable[..., object]) -> None:
     add(
         "-o",
         "--out",
-        default="output.png",
         metavar="FILE",
-        help="PNG (%(default)s); fields: "
+        help=f"PNG, JPEG or WebP, - for standard output ({DEFAULT}, or the next output-N.png that is free); fields: "
         + ", ".join(f"{{{name}}}" for name in NAME_FIELDS)
         + ", as in out/{index:04}-{seed}.png; without one, several pictures become output-1.png, output-2.png, ...",
     )
     add(
         "--overwrite",
         action="store_true",
-        help="of several pictures, draw again those that are there (a single one is always drawn)",
+        help=f"draw again those that are there (a single one that --out names is always drawn), {DEFAULT} too",
     )
+
+
+def _add_watching(add: Callable[..., object]) -> None:
+    add(
+        "--preview",
+        type=int,
+        metavar="N",
+        help="show it every N steps in the terminal (kitty, iTerm2, sixel or blocks)",
+    )
+    add("--preview-file", type=Path, metavar="FILE", help="write it there as often, too")
+    add("--preview-decoder", type=Path, metavar="FILE", help="TAESD's decoder, in place of a linear map of the latents")
+    add("--save-steps", type=Path, metavar="FILE", help="all steps as an animation: .webp, .gif or .png")
 
 
 # ---- the run
@@ -125,34 +142,66 @@ def run(asked: Run, model: ModelChoice) -> None:
     if asked.version:
         print(version())
         return
+    if asked.inspect:
+        from sd.inspection import inspect
+
+        print(inspect(asked.inspect))
+        return
     if asked.list_opts or asked.list_samplers:
         print("\n\n".join(_listings(asked)))
         return
+    out = sys.stderr if asked.out == STDOUT else sys.stdout
     watch = drawing.Stopwatch()
     asked, model, recorded = recalled(asked, model) if asked.from_png else (asked, model, {})
     pictures = pictures_of(asked)
-    check_init_images(pictures)
-    check_controls(job for job, _ in pictures)
-    model.loras()
+    jobs = pictures.jobs.firsts if pictures else ()
+    check_init_images(jobs)
+    check_controls(jobs)
+    loras.check(jobs, model.lora_dir)
+    loras.check_again(jobs, recorded, model.lora_dir)
+    model.check_files()
     with watch("import"):
         import sd.pipeline  # noqa: F401
     checkpoint = model.checkpoint(recorded)
-    left = not_there_yet(pictures, asked, checkpoint, model)
-    if pictures and not left:
+    windows, count = left_of(pictures, asked, checkpoint, model)
+    if pictures and not count:
         print(f"all {len(pictures)} pictures are there already; --overwrite draws them again")
         if not asked.explain:
             return
     with watch("load"):
         pipe = model.load(checkpoint)
     if asked.explain:
-        print(pipe.explain())
+        print(pipe.explain(), file=out)
     _let_interrupts_clean_up()
     if asked.save_quantized:
         save_quantized(pipe, asked.save_quantized)
-    drawing.check_sizes(pipe, left)
-    load_controls(pipe, (job for job, _ in left))
-    drawing.draw_all(pipe, left, model.facts(pipe, checkpoint), watch, asked.batch_size, asked.place)
-    print(watch)
+    drawing.check_sizes(pipe, jobs)
+    load_controls(pipe, jobs)
+    facts, at_once = model.facts(pipe, checkpoint), (asked.batch_size, asked.place)
+    how = drawing.Draw(facts, asked.save, out, asked.watching, *at_once, model.lora_dir)
+    failed = drawing.draw_all(pipe, windows, count, how, watch)
+    print(watch, file=out)
+    if failed and not asked.prompts_file:  # all start from the same
+        raise UserError(failed[0])
+    if failed:
+        raise SomeFailedError(failed)
+
+
+def left_of(
+    pictures: Pictures, asked: Run, checkpoint: Path, model: ModelChoice
+) -> tuple[Iterator[list[Picture]], int]:
+    """Those that are not there yet, some at a time, and how many there may be: the first are known."""
+    same = model.same(checkpoint)
+    several = len(pictures) > 1 or asked.prompts_file is not None
+    there = 0
+    windows = pictures.windows()
+    for window in windows:
+        left = not_there_yet(window, asked, same, several)
+        there += len(window) - len(left)
+        if left:
+            rest = (not_there_yet(window, asked, same, several) for window in windows)
+            return chain([left], rest), len(pictures) - there
+    return iter(()), 0
 
 
 def _let_interrupts_clean_up() -> None:
@@ -189,6 +238,14 @@ def _listings(asked: Run) -> Iterator[str]:
 # ---- the end
 
 
+class SomeFailedError(Exception):
+    """Some pictures cannot be drawn, and the others are: a line for each."""
+
+    def __init__(self, lines: Sequence[str]):
+        super().__init__("; ".join(lines))
+        self.lines = lines
+
+
 def main(argv: list[str] | None = None) -> int:
     return exit_code(lambda: run(*parse_arguments(argv)))
 
@@ -202,6 +259,10 @@ def exit_code(action: Callable[[], None]) -> int:
         return 130
     except ModuleNotFoundError as error:
         return fail(f"{error.name} is not installed: pip install -r {ROOT / 'requirements.txt'}")
+    except SomeFailedError as error:
+        for line in error.lines:
+            fail(line)
+        return 1
     except (UserError, ValueError, OSError, MemoryError) as error:
         return fail(str(error) or type(error).__name__)
     except RuntimeError as error:
@@ -213,9 +274,12 @@ def exit_code(action: Callable[[], None]) -> int:
 
 
 def fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """One line, without the terminal codes that names and files may hold."""
+    shown = "".join(character if character.isprintable() else " " for character in message)
+    print(f"error: {' '.join(shown.split())}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
+    steady()
     raise SystemExit(main())

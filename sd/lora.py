@@ -59,6 +59,8 @@ class Loras:
             log.warning("%s changes %d layers; left out, since they fit nothing: %s", path.name, *told)
         if words := adapter.triggers():
             log.info("%s was trained with: %s", path.name, ", ".join(words))
+        if adapter.words:
+            pipe.words.learn(dict(adapter.words), path)
         self.merged[name] = Merged(path, adapter, strength)
         self._merge(pipe, adapter.changes)
         return name
@@ -75,6 +77,7 @@ class Loras:
         _check_weights(pipe)
         gone = [self._named(name)] if name else list(self.merged.values())
         self.merged = {key: one for key, one in self.merged.items() if one not in gone}
+        pipe.words.forget(word for one in gone for word in one.adapter.words if word in pipe.words.words)
         self._merge(pipe, {layer: None for one in gone for layer in one.adapter.changes})
 
     def again(self, pipe: StableDiffusion) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sd.checkpoints.controlnet import DIFFERENCE, names_in
 from sd.checkpoints.errors import CheckpointError, StrPath, damaged, naming, some
 from sd.checkpoints.files import Opened, open_checkpoint, written
-from sd.checkpoints.layouts import PREFIXES, TOKEN_IDS, TOKEN_TABLE, ema_name
+from sd.checkpoints.layouts import PREFIXES, TOKEN_IDS, TOKEN_TABLE, ema_name, unusual
 from sd.checkpoints.mapped import drop_pages
 from sd.checkpoints.saving import save
 from sd.checkpoints.shapes import config_of
@@ -178,6 +178,10 @@ def _fill(models: Sequence[nn.Module], opened: Opened, ema: bool, device: torch.
         model.eval().requires_grad_(False)
     leftovers = opened.tensors.keys() - dict(used).keys() - {TOKEN_IDS}
     log.debug("ignored %d other tensors: %s", len(leftovers), ", ".join(sorted(leftovers)))
+    if "ztsnr" in leftovers:
+        log.warning("trained down to noise alone (zero terminal SNR): draw with --schedule ztsnr")
+    if foreign := unusual(leftovers):
+        log.warning("left out %d tensors that are no part of the model: %s", len(foreign), some(foreign))
 
 
 def _wanted(part: str, model: nn.Module, ema: bool) -> Wanted:
@@ -239,6 +243,8 @@ def _check_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     low, high = (extreme.item() for extreme in torch.aminmax(tensor))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise CheckpointError(f"{name} holds NaN or infinite weights; the file is damaged or its training diverged")
+    if low == high == 0 and tensor.ndim > 1:
+        log.warning("%s is all zeros: the file may have been cut and padded; fetch it again", name)
     if max(-low, high) > torch.finfo(dtype).max:
         raise CheckpointError(f"{name} holds weights beyond the range of {dtype}; load it in fp32 or bf16")
 

@@ -20,14 +20,16 @@ from sd.clip import CLIP
 from sd.config import Config
 from sd.controlnet import Control
 from sd.controls import ControlNets
+from sd.ddpm import predict_x0
 from sd.edits import Edit, edit, larger_size, outpainted_size, outpainting, same_shape, sides
-from sd.guidance import Call, Conditions, Guided
+from sd.embeddings import Words
+from sd.guidance import Call, Conditions, Guided, from_velocity
 from sd.images import to_pil
 from sd.lora import Loras
 from sd.noise import PictureNoise
 from sd.prompt_steps import over_steps
-from sd.prompts import padded, tokenize, weighted
-from sd.request import broadcast, check_numbers, given_latents, one_each
+from sd.prompts import cut, loras, padded, tokenize, weighted
+from sd.request import broadcast, check_numbers, given_latents, pictures
 from sd.samplers import Sampler
 from sd.schedules import Schedule
 from sd.start import Blend, Start, for_inpainting, from_picture
@@ -108,6 +110,7 @@ class StableDiffusion:
         self.call = Call()
         self.optimizations: list[str] = []
         self.loras = Loras()
+        self.words = Words(config.text.vocab_size)
         self.controlnets = ControlNets()
         self._loaded: dict[str, Stamp] = {}
 
@@ -118,10 +121,12 @@ class StableDiffusion:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         ema: bool = False,
+        prediction: str | None = None,
     ) -> "StableDiffusion":
         """Load a checkpoint in the original layout, .safetensors or .ckpt; `find_checkpoint` names the default.
 
-        dtype defaults to fp16 on CUDA and fp32 elsewhere. Raises FileNotFoundError or model_loader.CheckpointError.
+        dtype defaults to fp16 on CUDA and fp32 elsewhere. prediction: "eps" or "v", where the file does not say what
+        its UNet was trained for. Raises FileNotFoundError or model_loader.CheckpointError.
         """
         device = torch.device(device) if device is not None else default_device()
         asked_for, dtype = dtype is not None, dtype or (torch.float16 if device.type == "cuda" else torch.float32)
@@ -130,6 +135,7 @@ class StableDiffusion:
             log.info(DEMO_NOTICE)
         with torch.inference_mode(False):  # so that what is written to the weights can be noticed
             config, clip, unet, vae = model_loader.load(path, ema=ema, device=device, dtype=dtype)
+        config = replace(config, prediction=prediction or config.prediction)
         pipe = cls(config, clip, unet, vae, source=model_loader.Source.of(path, ema, dtype))
         pipe.dtype_is_asked_for = asked_for
         pipe.note_loaded()
@@ -186,6 +192,21 @@ class StableDiffusion:
         """Take this one or all out again: the weights are the checkpoint's, bit for bit."""
         self.loras.remove(self, name)
 
+    def add_embedding(self, path: str | os.PathLike, word: str | None = None) -> list[str]:
+        """Take up the learned words of a file (textual inversion); returns how they are spelled in prompts.
+
+        AUTOMATIC1111's and diffusers' files. word: what to call the file's only one; None is its own name, or the
+        file's. Raises model_loader.CheckpointError for what is no such file, or is for another text encoder, and
+        ValueError for a word that is there already.
+        """
+        return self.words.add(path, word, self.config.text.width)
+
+    def remove_embeddings(self, word: str | None = None) -> None:
+        """Forget this learned word or all: it is text again."""
+        if word is not None and word not in self.words.words:
+            raise ValueError(f"no learned word {word!r}; there are {', '.join(self.words.words) or 'none'}")
+        self.words.forget(list(self.words.words) if word is None else [word])
+
     def add_control(self, path: str | os.PathLike) -> str:
         """Load a ControlNet's file; returns the name by which a `Control` is one of it, for `generate`.
 
@@ -206,7 +227,7 @@ class StableDiffusion:
     def generate(
         self,
         prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         steps: int = 50,
         cfg_scale: float = 7.5,
         seed: int | Sequence[int] | None = None,
@@ -238,7 +259,7 @@ class StableDiffusion:
         seed: None draws one; an integer for several prompts means seed, seed + 1, ...
         height, width: pixels, multiples of `config.size_multiple`; None is the size that the model was trained at, or
             init_image's shape at about that area.
-        init_image: start from this picture, or one for each, noised by `strength` (over 0, up to 1: none is left).
+        init_image: start from this picture or file, or one for each, noised by `strength`, over 0 to 1: none is left.
         mask: of init_image, white where it is drawn anew; elsewhere its own pixels stay. mask_blur: over so many pixels
             one becomes the other. mask_invert: black is drawn anew. mask_padding: only the masked part is drawn, with
             so many pixels around it, and put back into init_image, which keeps its size.
@@ -310,17 +331,26 @@ class StableDiffusion:
         that make no sense.
         """
         texts, length = [*(negatives or []), *prompts], self.config.text.max_length
-        skip = [] if clip_skip in (None, 1) else [clip_skip - 1]
+        skip = (clip_skip or 1) - 1
+        if syntax == "plain" and not self.words:
+            return self._contexts(self.tokenizer(texts, length), skip)
         if syntax == "plain":
-            return self.clip(self.tokenizer(texts, length).to(self.device), *skip)
-        read = [tokenize(text, self.tokenizer, syntax or "weights", length) for text in texts]
+            return self._contexts(torch.tensor([cut(t, self.tokenizer, length, self.words) for t in texts]), skip)
+        read = [tokenize(text, self.tokenizer, syntax or "weights", length, self.words) for text in texts]
         read = padded(read, self.tokenizer)
         ids = torch.tensor([row for one in read for row in one.ids], dtype=torch.long)
-        context = self.clip(ids.to(self.device), *skip).unflatten(0, (len(texts), -1)).flatten(1, 2)
+        context = self._contexts(ids, skip).unflatten(0, (len(texts), -1)).flatten(1, 2)
         if not any(one.weighted for one in read):
             return context
         weights = [torch.tensor(one.weights).flatten() for one in read]
         return torch.stack([weighted(c, w) if w.ne(1).any() else c for c, w in zip(context, weights, strict=True)])
+
+    def _contexts(self, ids: Tensor, skip: int) -> Tensor:
+        """Ids [B, L] -> contexts [B, L, C]."""
+        ids = ids.to(self.device)
+        if (learned := self.words.used(ids)) is not None:
+            return self.clip(ids, skip, learned)
+        return self.clip(ids, skip) if skip else self.clip(ids)
 
     def sample(
         self,
@@ -334,7 +364,9 @@ class StableDiffusion:
     ) -> Tensor:
         """Denoise x [B, z, h, w] from the schedule's first level on -> clean latents of that shape, still scaled."""
         with self.call.sampling(schedule.timesteps, guided=conditions.scale != 1) as start_step:
-            denoise = Guided(self.unet, conditions, self.call)
+            answers = Guided(self.unet, conditions, self.call)
+            denoise = answers if self.config.prediction == "eps" else from_velocity(answers, schedule.abar_at)
+            self.call.predicted = lambda: self._clean(answers, schedule)
             for i, x in enumerate(sampler(denoise, x, schedule, noise), start=1):  # noqa: B020
                 start_step(i)
                 if blend:
@@ -342,6 +374,13 @@ class StableDiffusion:
                 if on_step:
                     on_step(i, len(schedule), x)
         return x
+
+    def _clean(self, answers: Guided, schedule: Schedule) -> Tensor:
+        """The clean latents that the latest prediction comes to."""
+        x, predicted, t = answers.latest
+        latest = lambda x, t: predicted  # noqa: E731
+        eps = latest if self.config.prediction == "eps" else from_velocity(latest, schedule.abar_at)
+        return predict_x0(x, eps(x, t), schedule.abar_at(t))
 
     def decode(self, x: Tensor, tile: int | None = None) -> Tensor:
         """Scaled latents [B, z, h, w] -> pictures [B, 3, H, W], about [-1, 1]; in tiles of so many latents.
@@ -373,6 +412,9 @@ class StableDiffusion:
         clip_skip: int | None,
     ) -> Conditions:
         """The context, or one for each step where a prompt says what it is at which."""
+        for name, _ in (one for prompt in prompts for one in loras(prompt, syntax)):
+            if name not in self.loras.merged:
+                raise ValueError(f"a prompt names the LoRA {name}, which is not merged: add_lora first")
         texts = [over_steps(text, steps, syntax) for text in (*negatives, *prompts)]
         count = len(prompts)
 
@@ -399,7 +441,7 @@ class StableDiffusion:
         width: int | None,
     ) -> tuple[list[Edit], int, int]:
         """What is drawn over, one for each picture or for all, and the size to draw at."""
-        images, masks = one_each(image, count, "init_image"), one_each(mask, count, "mask")
+        images, masks = pictures(image, count, "init_image"), pictures(mask, count, "mask")
         if not images and (masks or outpaint):
             raise ValueError(
                 "a mask says which part of a picture is drawn anew: give init_image too"

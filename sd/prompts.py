@@ -2,7 +2,7 @@
 
     plain     a prompt is its text; what the encoder cannot read is cut off, and told
     weights   (text:1.3) counts 1.3 times, BREAK begins a new chunk, and a long prompt is read in chunks
-    a1111     beside these (text) counts 1.1 times, [text] 1 / 1.1, nested ones multiply
+    a1111     beside these (text) counts 1.1 times, [text] 1 / 1.1, nested ones multiply; <lora:name:0.8> is no text
 
 A backslash makes a bracket a character: \\( \\) \\[ \\]. Weights are those of AUTOMATIC1111's web UI: the context of a
 token is multiplied by its weight, then all of the prompt's by one factor, so that its mean is what it was, unless it
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sd.embeddings import Words
     from sd.tokenizer import Tokenizer
 
 SYNTAXES = ("weights", "a1111", "plain")
@@ -46,8 +47,21 @@ def parse(text: str, syntax: str = "weights") -> list[Piece]:
         raise ValueError(f"no prompt syntax {syntax!r}; there are {', '.join(SYNTAXES)}")
     if syntax == "plain":
         return [(text, 1.0)]
-    pieces = _a1111(text) if syntax == "a1111" else _weights(text)
+    pieces = _a1111(_LORA.sub("", text)) if syntax == "a1111" else _weights(text)
     return list(_joined(piece for whole in pieces for piece in _broken(*whole)))
+
+
+_LORA = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")
+
+
+def loras(text: str, syntax: str | None) -> list[tuple[str, float]]:
+    """The LoRAs that a prompt names in the a1111 syntax, `<lora:name:0.8>`, and their strengths. Raises ValueError."""
+    found = []
+    for name, number in _LORA.findall(text) if syntax == "a1111" else ():
+        if number and not _NUMBER.fullmatch(number.strip()):
+            raise ValueError(f"the strength of the LoRA {_shown(name)} in a prompt must be a number, not {number!r}")
+        found.append((name.strip(), _checked(float(number)) if number else 1.0))
+    return found
 
 
 _WEIGHTED = re.compile(r"(?<!\\)\(((?:\\.|[^()\\])*?):\s*([^():\s]+)\s*\)")
@@ -159,8 +173,13 @@ class Tokens:
         return any(weight != 1.0 for row in self.weights for weight in row)
 
 
-def tokenize(text: str, tokenizer: Tokenizer, syntax: str = "weights", length: int = 77) -> Tokens:
-    """In chunks of `length`: 75 tokens between start and end, padded with ends. Raises ValueError as `parse` does."""
+def tokenize(
+    text: str, tokenizer: Tokenizer, syntax: str = "weights", length: int = 77, words: Words | None = None
+) -> Tokens:
+    """In chunks of `length`: 75 tokens between start and end, padded with ends. Raises ValueError as `parse` does.
+
+    words: learned ones, whose vectors stay in one chunk. In the plain syntax there is one, and what is over is told.
+    """
     most = length - 2
     comma = tokenizer.encode(",")[1]
     chunks: list[list[tuple[int, float]]] = [[]]
@@ -168,15 +187,22 @@ def tokenize(text: str, tokenizer: Tokenizer, syntax: str = "weights", length: i
         if piece is BREAK:
             chunks.append([])
             continue
-        words, weight = piece
-        for token in tokenizer.encode(words)[1:-1]:
-            if len(chunks[-1]) == most:
+        spelled, weight = piece
+        groups = words.groups(spelled, tokenizer) if words else ([id] for id in tokenizer.encode(spelled)[1:-1])
+        for group in groups:
+            if len(chunks[-1]) + len(group) > most:
                 chunks.append(_carried(chunks[-1], comma))
-            chunks[-1].append((token, weight))
+            chunks[-1] += [(token, weight) for token in group]
     start, end = tokenizer.start_id, tokenizer.end_id
     ids = [[start, *(token for token, _ in chunk), *[end] * (most + 1 - len(chunk))] for chunk in chunks]
     weights = [[1.0, *(weight for _, weight in chunk), *[1.0] * (most + 1 - len(chunk))] for chunk in chunks]
     return Tokens(ids, weights)
+
+
+def cut(text: str, tokenizer: Tokenizer, length: int, words: Words) -> list[int]:
+    """The plain syntax with learned words: one chunk, and what is over is told."""
+    ids = (token for group in words.groups(text, tokenizer) for token in group)
+    return tokenizer.fit([tokenizer.start_id, *ids, tokenizer.end_id], length)
 
 
 def _carried(full: list[tuple[int, float]], comma: int) -> list[tuple[int, float]]:

@@ -1,23 +1,27 @@
 """What `StableDiffusion.generate` is given: checked, and one of each for every picture."""
 
 import math
+import operator
+import os
 import secrets
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
 
+from PIL import Image
 from torch import Tensor
 
+from sd.images import read
 from sd.noise import PictureNoise
-
-T = TypeVar("T")
 
 
 def broadcast(
-    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], seed: int | Sequence[int] | None
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, seed: int | Sequence[int] | None
 ) -> tuple[list[str], list[str], list[int]]:
-    """Lists of one length. An integer seed counts up; prompts repeat."""
-    columns = [[value] if isinstance(value, str) else list(value) for value in (prompt, negative_prompt)]
-    given_seeds = list(seed) if isinstance(seed, Sequence) else None
+    """Lists of one length. An integer seed counts up; prompts repeat. Raises ValueError for what is none of these."""
+    texts = {"prompt": prompt, "negative_prompt": negative_prompt or ""}
+    columns = [_texts(name, value) for name, value in texts.items()]
+    seed = seed.tolist() if hasattr(seed, "tolist") else seed  # numpy's and torch's
+    given_seeds = [_whole(one) for one in seed] if isinstance(seed, Iterable) else None
+    seed = seed if seed is None or given_seeds is not None else _whole(seed)
     if not columns[0]:
         raise ValueError("generate needs at least one prompt")
     count = max(len(column) for column in (*columns, given_seeds or [0]))
@@ -32,11 +36,34 @@ def broadcast(
     return columns[0], columns[1], columns[2]
 
 
-def one_each(given: T | Sequence[T] | None, count: int, name: str) -> list[T]:
-    """None, one for all, or one for each of `count` pictures, as a list. Raises ValueError."""
+def _texts(name: str, value: object) -> list[str]:
+    found = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    if wrong := [one for one in found if not isinstance(one, str)]:
+        raise ValueError(f"{name} must be text, not {type(wrong[0]).__name__}")
+    return found
+
+
+def _whole(seed: object) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise ValueError(f"seed must be a whole number, not {seed!r}") from None
+
+
+def picture(given: object, name: str) -> Image.Image:
+    """A picture, or the file of one. Raises ValueError."""
+    if isinstance(given, Image.Image):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return read(given)
+    raise ValueError(f"{name} must be a PIL image or a path, not {type(given).__name__}")
+
+
+def pictures(given: object, count: int, name: str) -> list[Image.Image]:
+    """Of None, one picture for all, or one for each of `count`, a list; files are read. Raises ValueError."""
     if given is None:
         return []
-    found = list(given) if isinstance(given, Sequence) else [given]
+    found = [picture(one, name) for one in (given if isinstance(given, list | tuple) else [given])]
     if len(found) not in (1, count):
         raise ValueError(f"{name} are {len(found)}, for {count} pictures")
     return found

@@ -69,8 +69,9 @@ def bind(host: str, port: int) -> socket.socket:
     if not 0 <= port < 2**16:  # getaddrinfo would take it modulo 2**16
         raise UserError(f"--port must be from 0 to 65535, not {port}")
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # With the protocol, asyncio switches Nagle's algorithm off: answers on a kept connection would wait 40 ms.
+        sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except OSError as error:

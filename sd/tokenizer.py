@@ -81,11 +81,11 @@ class Tokenizer:
         if length < 2:
             raise ValueError(f"length must be at least 2, for the start and end ids; got {length}")
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        rows = [self._fit(self.encode(prompt), length) for prompt in prompts]
+        rows = [self.fit(self.encode(prompt), length) for prompt in prompts]
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)
 
-    def _fit(self, ids: list[int], length: int) -> list[int]:
-        """Pad or cut `ids`, which end in the end id, to `length`."""
+    def fit(self, ids: list[int], length: int) -> list[int]:
+        """Pad or cut `ids`, which end in the end id, to `length`; what was cut is logged as a warning."""
         if len(ids) <= length:
             return ids + [self.end_id] * (length - len(ids))
         message = "prompt has %d tokens with start and end, but the model reads %d; ignored from here on: %r"

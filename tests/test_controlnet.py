@@ -111,5 +111,5 @@ def test_pictures_are_those_of_diffusers(pipe, nets, files, numbers):
     assert np.abs(drawn - expected).max() <= 1
     assert np.abs(drawn - plain).max() > 8, "it changes the picture"
     other = [Control(one.name, picture(9), *n) for one, n in zip(control, numbers, strict=True)]
-    assert np.abs(pixels(pipe.generate("a red fox", **DRAW, control=other)) - drawn).max() > 2, "it sees its picture"
+    assert np.abs(pixels(pipe.generate("a red fox", **DRAW, control=other)) - drawn).max() > 3, "it sees its picture"
     assert np.array_equal(pixels(pipe.generate("a red fox", **DRAW)), plain)

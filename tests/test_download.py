@@ -480,3 +480,61 @@ def test_a_full_disk(server, small_disk):
     assert os.listdir(small_disk) == ["file.bin.part"]
     server.answers = [chunked(CONTENT)]  # a server that does not say how much is coming
     assert main(arguments(server, small_disk)) == 2
+
+
+# ---- what goes on for ever, or elsewhere
+
+
+def test_without_a_network_it_is_told_at_once(tmp_path):
+    started = time.perf_counter()
+    with pytest.raises(DownloadError, match=r"nowhere\.invalid cannot be found \(.*\): is this machine online\?"):
+        download.download(Source("http://nowhere.invalid/file.bin", SHA256), tmp_path / "file.bin")
+    assert time.perf_counter() - started < 30
+
+
+def test_a_link_in_the_place_of_the_part_file(server, fetch, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / "file.bin.part").symlink_to(victim)
+    with pytest.raises(DownloadError, match=r"file\.bin\.part is a link, which is not followed"):
+        fetch()
+    assert victim.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("address", ["ftp://127.0.0.1/file", "file:///etc/hostname"])
+def test_redirects_to_other_kinds_of_addresses(server, fetch, address):
+    server.answers = [status(302, Location=address)]
+    with pytest.raises(DownloadError, match=r"which is no http address|is not allowed"):
+        fetch()
+
+
+def test_a_trickle_counts_as_lost(server, fetch, monkeypatch):
+    def trickle(handler, server):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(CONTENT)))
+        handler.end_headers()
+        for i in range(200):
+            handler.wfile.write(CONTENT[i : i + 1])
+            handler.wfile.flush()
+            time.sleep(0.02)
+
+    monkeypatch.setattr(download, "SLOWEST", (1024, 0.5))
+    server.answers = [trickle]
+    fetch()
+    assert len(server.requests) == 2
+
+
+def test_a_body_without_end_leaves_room(server, fetch, tmp_path, monkeypatch):
+    def endless(handler, server):
+        handler.send_response(200)
+        handler.end_headers()
+        while True:
+            handler.wfile.write(bytes(2**16))
+
+    usage = shutil.disk_usage(tmp_path)
+    free = iter([usage._replace(free=10**12)] * 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: next(free, usage._replace(free=download.KEPT_FREE - 1)))
+    server.answers = [endless]
+    with pytest.raises(DownloadError, match=r"the disk is all but full after .* bytes of a body without"):
+        fetch(size=None)
+    assert (tmp_path / "file.bin.part").stat().st_size == 0

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bench.reference import oracles
 from bench.reference.numbers import noise, relative_error
 from bench.reference.oracles import diffusers_pipeline
-from bench.reference.weights import random_models, write_ckpt
+from bench.reference.weights import random_controlnet, random_models, write_ckpt
 from sd.config import SD15
 from sd.pictures.png import read_parameters
 from sd.pipeline import StableDiffusion
@@ -60,6 +61,39 @@ def test_unet(pipe, batch, height, width, scale):
     actual = pipe.unet(x, torch.tensor(500), context)
     assert expected.std() > 1e-3
     assert relative_error(actual, expected) < BOUND
+
+
+@torch.no_grad()
+def test_controlnet():
+    net = random_controlnet(SD15, seed=1)
+    x, context, hint = noise(2, 4, 32, 32), noise(2, 77, 768, seed=1), noise(1, 3, 256, 256, seed=2).sigmoid()
+    oracle = oracles.diffusers_controlnet(net, SD15.unet)
+    down, middle = oracle(x, 500, context, hint.expand(2, -1, -1, -1), return_dict=False)
+    for ours, theirs in zip(net(x, torch.tensor(500), context, net.seen(hint)), [*down, middle], strict=True):
+        assert theirs.std() > 1e-3
+        assert relative_error(ours, theirs) < BOUND
+
+
+def test_a_lora_is_merged_and_taken_out(pipe, tmp_path):
+    """Rank 16 in every attention, as most files have it; in double precision beside what is written down of it."""
+    names = [name for name, m in pipe.unet.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
+    tensors = {}
+    for i, name in enumerate(names):
+        rows, columns = pipe.unet.get_submodule(name).weight.shape
+        key = f"lora_unet_{name.replace('.', '_')}"
+        tensors[f"{key}.lora_down.weight"] = noise(16, columns, seed=i) / columns**0.5
+        tensors[f"{key}.lora_up.weight"] = 0.1 * noise(rows, 16, seed=i + 1)
+        tensors[f"{key}.alpha"] = torch.tensor(8.0)
+    save_file(tensors, tmp_path / "style.safetensors")
+    before = {name: pipe.unet.get_submodule(name).weight.clone() for name in names}
+    pipe.add_lora(tmp_path / "style.safetensors", 0.7)
+    for name in names:
+        key = f"lora_unet_{name.replace('.', '_')}"
+        up, down = (tensors[f"{key}.lora_{part}.weight"].double() for part in ("up", "down"))
+        expected = before[name].double() + 0.7 * 8 / 16 * up @ down
+        assert relative_error(pipe.unet.get_submodule(name).weight.double(), expected) < 1e-6
+    pipe.remove_loras()
+    assert all(torch.equal(pipe.unet.get_submodule(name).weight, before[name]) for name in names)
 
 
 @torch.no_grad()

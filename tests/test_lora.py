@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import LCMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bench.reference.numbers import pixels, relative_error
-from bench.reference.oracles import ddim_scheduler, diffusers_pipeline
+from bench.reference.oracles import SCHEDULE, ddim_scheduler, diffusers_pipeline
 from bench.reference.weights import TINY, write_safetensors
 from sd import inference, optimizations
 from sd.checkpoints.lora import read_lora
@@ -489,3 +490,39 @@ def test_what_is_no_lora_is_said_before_a_model_is_loaded(run, files, capsys, mo
     monkeypatch.setattr(StableDiffusion, "load", lambda *_, **__: pytest.fail("it is loaded"))
     assert run("--lora", option) == 2
     assert message in capsys.readouterr().err
+
+
+# ---- what LoRAs bring beside changes
+
+
+def test_four_steps_of_a_latent_consistency_lora(pipe, tmp_path):
+    """As published: the UNet alone, convolutions too, alpha an eighth of the rank."""
+    plain = diffusers_pipeline(pipe, ddim_scheduler())
+    tensors = {k: t for k, t in kohya(plain.unet, nn.Module()).items() if k.startswith("lora_unet_")}
+    save_file(tensors, path := tmp_path / "lcm-lora.safetensors")
+    theirs = theirs_with(pipe, path, 1.0)
+    theirs.scheduler = LCMScheduler(**{key: value for key, value in SCHEDULE.items() if key != "timestep_spacing"})
+    generator = torch.Generator().manual_seed(4)
+    shared = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 64, "width": 64}
+    expected = pixels(theirs("a red fox", generator=generator, **shared).images)
+    pipe.add_lora(path)
+    drawn = pixels(pipe.generate("a red fox", steps=4, cfg_scale=1, seed=4, sampler="lcm", height=64, width=64))
+    assert np.abs(drawn - expected).max() <= 1
+
+
+def test_words_that_a_file_teaches(pipe, tmp_path):
+    layer = pipe.unet.get_submodule(LINEAR)
+    down, up = factors(layer, 2, seed=1)
+    vectors = {f"<s{i}>": 0.1 * noise(pipe.config.text.width, seed=i) for i in (1, 2)}
+    save_file({"unet:0:down": down, "unet:0:up": up, **vectors}, file := tmp_path / "first.safetensors")
+    before = pipe.encode_prompts(["a <s1><s2> fox"], None)
+    pipe.add_lora(file)
+    assert torch.equal(pipe.words.vectors(), torch.stack([vectors["<s1>"], vectors["<s2>"]]))
+    with_words = pipe.encode_prompts(["a <s1><s2> fox"], None)
+    assert relative_error(with_words, before) > 1e-3
+    pipe.remove_loras()
+    assert not pipe.words
+    assert torch.equal(pipe.encode_prompts(["a <s1><s2> fox"], None), before)
+    save_file({"unet:0:down": down, "unet:0:up": up, "<s1>": torch.zeros(1024)}, file)
+    with pytest.raises(CheckpointError, match="<s1> has vectors of 1024"):
+        pipe.add_lora(file)

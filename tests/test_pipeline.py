@@ -16,7 +16,7 @@ from bench.reference.oracles import diffusers_pipeline
 from bench.reference.weights import tiny_config
 from sd.images import to_pil
 from sd.pipeline import StableDiffusion
-from tests.weights import random_models
+from tests.weights import random_models, shallow_pipeline
 
 PROMPTS = ["a lighthouse in a storm", "two red apples"]
 NEGATIVE = "blurry"
@@ -239,3 +239,39 @@ def test_libraries_used_as_oracles_are_not_imported_by_the_program():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+# ---- what people pass
+
+
+def test_what_people_pass_works(tmp_path):
+    pipe = shallow_pipeline()
+    start = Image.linear_gradient("L").resize((16, 16))
+    start.save(tmp_path / "a.png")
+    draw = {"steps": 2, "height": 16, "width": 16}
+    (plain,) = pipe.generate("x", seed=5, **draw)
+    for seed in (np.int64(5), np.array([5]), torch.tensor(5), (5,), [np.uint8(5)]):
+        assert pixels(pipe.generate("x", None, seed=seed, **draw)[0]).tolist() == pixels(plain).tolist()
+    for prompts in (("a", "b"), iter(["a", "b"]), np.array(["a", "b"])):
+        assert len(pipe.generate(prompts, seed=5, **draw)) == 2
+    (from_picture,) = pipe.generate("x", seed=5, init_image=start, **draw)
+    for given in (str(tmp_path / "a.png"), tmp_path / "a.png", start.convert("RGB"), [start], start.convert("LA")):
+        assert np.abs(pixels(pipe.generate("x", seed=5, init_image=given, **draw)[0]) - pixels(from_picture)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt": 3}, "prompt must be text, not int"),
+        ({"prompt": ["a", None]}, "prompt must be text, not NoneType"),
+        ({"prompt": "x", "negative_prompt": 3}, "negative_prompt must be text, not int"),
+        ({"prompt": "x", "seed": 1.5}, "seed must be a whole number, not 1.5"),
+        ({"prompt": "x", "seed": "5"}, "seed must be a whole number"),
+        ({"prompt": "x", "init_image": 3}, "init_image must be a PIL image or a path, not int"),
+        ({"prompt": "x", "init_image": "none.png"}, "none.png cannot be read as a picture"),
+        ({"prompt": []}, "at least one prompt"),
+    ],
+)
+def test_what_means_nothing_is_one_clear_error(given, message):
+    with pytest.raises(ValueError, match=message):
+        shallow_pipeline().generate(**given)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sd.checkpoints.errors import CheckpointError, damaged, naming, some
 from sd.checkpoints.layouts import with_text_level
-from sd.checkpoints.pickles import read_legacy, read_zip
+from sd.checkpoints.pickles import legacy_content, read_legacy, read_zip, zip_content
 
 _HEAD_BYTES = 512
 
@@ -32,6 +32,15 @@ def open_checkpoint(path: Path) -> Opened:
     with damaged("a damaged checkpoint; fetch it again"):
         opened = _reader(head)(path)
     return replace(opened, tensors=with_text_level(opened.tensors))
+
+
+def open_content(path: Path) -> object:
+    """What a safetensors file or a pickle holds, as it is. Raises CheckpointError without the path."""
+    head = _head(path)
+    with damaged("a damaged file; fetch it again"):
+        if (reader := _reader(head)) is _read_safetensors:
+            return _read_safetensors(path).tensors
+        return zip_content(path) if reader is _read_zip else legacy_content(path)
 
 
 def _head(path: Path) -> bytes:
@@ -57,6 +66,8 @@ def _not_weights(head: bytes) -> str | None:
         return "an empty file; fetch it again"
     if head.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the weights; run `git lfs pull`"
+    if head.startswith(b"GGUF"):
+        return "a GGUF file, whose weights are quantized for other programs; the .safetensors of the model is needed"
     if head.lstrip()[:1] == b"<":
         return "a web page, not weights; download the file itself"
     return None

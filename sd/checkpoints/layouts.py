@@ -1,7 +1,7 @@
 """How checkpoints call their tensors: the original layout of Stable Diffusion 1.x, and by what others are known."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import Tensor
 
@@ -45,6 +45,31 @@ _OTHER_FAMILIES = (
     (r"control_model\.|controlnet_", "a ControlNet"),
     (r"(unet\.)?(down|up)_blocks\.|(en|de)coder\.(down|up)_blocks\.", "one model of the diffusers layout"),
 )
+
+
+_ENDS = {
+    "clip": ("embeddings.position_embedding.weight", "final_layer_norm.weight"),
+    "unet": ("input_blocks.0.0.weight", "out.2.weight"),
+    "vae": ("encoder.conv_in.weight", "decoder.conv_out.weight"),
+}
+"""The first and the last tensor of each part."""
+
+
+def has_three_parts(names: Collection[str]) -> bool:
+    """Whether text encoder, UNet and VAE are there in the original layout, whatever else is."""
+    return all(PREFIXES[part] + end in names for part, ends in _ENDS.items() for end in ends)
+
+
+_USUAL = re.compile(
+    r"model_ema\..*|(log_one_minus_|sqrt_(one_minus_|recipm?1?_?)?)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod"
+    r"|betas|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor"
+    r"|v_pred|ztsnr|cond_stage_model\..*position_ids|first_stage_model\.loss\..*"
+)
+
+
+def unusual(names: Iterable[str]) -> list[str]:
+    """Of the tensors that no model takes, those that are not in most checkpoints of Stable Diffusion 1.x."""
+    return sorted(name for name in names if not _USUAL.fullmatch(name))
 
 
 def refuse_other_families(names: Iterable[str]) -> None:

@@ -9,13 +9,14 @@ A change is to one weight [O, I] or [O, I, kh, kw]. Everything of a file is eith
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sd.checkpoints.embedding import vectors_of
 from sd.checkpoints.errors import CheckpointError, StrPath, naming, some
 from sd.checkpoints.files import open_checkpoint
 from sd.clip import CLIP
@@ -114,9 +115,13 @@ class Adapter:
     unknown: tuple[str, ...] = field(default=())
 
     def triggers(self) -> list[str]:
-        """The words that its training saw most, as kohya's trainer records them; best first, twelve at most."""
-        found = re.findall(r'"([^"]+)": *(\d+)', self.metadata.get("ss_tag_frequency", ""))
-        return [word for word, _ in sorted(found, key=lambda pair: -int(pair[1]))[:12]]
+        return triggers(self.metadata)
+
+
+def triggers(metadata: Mapping[str, str]) -> list[str]:
+    """The words that its training saw most, as kohya's trainer records them; best first, twelve at most."""
+    found = re.findall(r'"([^"]+)": *(\d+)', metadata.get("ss_tag_frequency", ""))
+    return [word for word, _ in sorted(found, key=lambda pair: -int(pair[1]))[:12]]
 
 
 _SHORT = {"lora_down": "down", "lora_up": "up", "lora_mid": "mid", "lora_A": "down", "lora_B": "up"}
@@ -136,7 +141,7 @@ _OF_OTHERS = (
     (r"(lora_transformer_|transformer\.|lora_unet_)(single|double)_(blocks|transformer)", "Flux"),
     (r"lora_unet_joint_blocks|transformer\.transformer_blocks", "Stable Diffusion 3"),
 )
-_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 """Of the text that a UNet attends to, where it is not SD 1.x's 768."""
 
 
@@ -152,12 +157,10 @@ def read_lora(path: StrPath, unet: UNet, clip: CLIP) -> Adapter:
 
 def _adapter(tensors: Tensors, metadata: Mapping[str, str], unet: UNet, clip: CLIP) -> Adapter:
     words = {key: tensor for key, tensor in tensors.items() if re.fullmatch(r"<[^>]+>", key) and tensor.ndim <= 2}
-    grouped, unknown = _grouped({key: t for key, t in tensors.items() if key not in words})
+    grouped, unknown = lora_groups({key: t for key, t in tensors.items() if key not in words})
     if not grouped:
         raise CheckpointError(f"holds no LoRA: {some(tensors) or 'it is empty'}")
-    if other := next(
-        (family for pattern, family in _OF_OTHERS if any(re.match(pattern, key) for key in grouped)), None
-    ):
+    if other := family_of_lora(grouped):
         raise CheckpointError(f"a LoRA for {other}; one for Stable Diffusion 1.x is needed")
     layers, changes = layer_names(unet, clip), {}
     for name, own in grouped.items():
@@ -169,10 +172,18 @@ def _adapter(tensors: Tensors, metadata: Mapping[str, str], unet: UNet, clip: CL
     if not changes:
         raise CheckpointError(f"changes no layer of this model: {some(grouped)}")
     _check_shapes(changes, {"unet": unet, "clip": clip})
+    width = clip.embeddings.token_embedding.embedding_dim
+    words = {word: vectors_of(word, tensor, width) for word, tensor in words.items()}
     return Adapter(changes, words, metadata, tuple(unknown))
 
 
-def _grouped(tensors: Tensors) -> tuple[dict[str, Tensors], list[str]]:
+def family_of_lora(layers: Iterable[str]) -> str | None:
+    """The family that layers of these names belong to, if that is not Stable Diffusion 1.x as far as they tell."""
+    layers = list(layers)
+    return next((family for pattern, family in _OF_OTHERS if any(re.match(pattern, key) for key in layers)), None)
+
+
+def lora_groups(tensors: Tensors) -> tuple[dict[str, Tensors], list[str]]:
     """The tensors of each layer by the name that the file has for it, and the keys that are of no known form."""
     grouped: dict[str, Tensors] = {}
     unknown: list[str] = []
@@ -212,7 +223,7 @@ def _check_shapes(changes: Mapping[Layer, Change], models: Mapping[str, nn.Modul
         except CheckpointError as error:
             width = change.tensors.get("down")
             family = (
-                _WIDTHS.get(width.shape[1])
+                WIDTHS.get(width.shape[1])
                 if width is not None and path.endswith(("attn2.to_k", "attn2.to_v"))
                 else None
             )

@@ -27,9 +27,18 @@ _ALLOWED = re.compile(
 # What training leaves in a checkpoint beside the weights: read as objects that do nothing.
 _INERT = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities)\..*"
-    r"|numpy\.(core|_core)\.multiarray\.scalar|numpy\.dtype|numpy\.dtypes\.\w+|numpy\.(bool|u?int|float)\w*",
+    r"|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray)|numpy\.dtypes\.\w+"
+    r"|numpy\.(bool|u?int|float)\w*|torch\.nn\.modules\.container\.Parameter(Dict|List)"
+    r"|collections\.defaultdict|pathlib\.\w*Path|argparse\.Namespace|types\.SimpleNamespace|omegaconf\..*"
+    r"|builtins\.(frozenset|list|dict|tuple|int|float|str|bool|object)",
     re.DOTALL,
 )
+
+
+_STATE_DICTS = ("state_dict", "model", "module", "model_state_dict")
+"""Under which trainers keep the weights, one within another up to _DEEPEST times."""
+
+_DEEPEST = 3
 
 
 class _Inert:
@@ -52,23 +61,38 @@ class _InertDict:
         return OrderedDict()
 
 
+class _Kept(_Inert):
+    """The same, but its state can be looked at: that of a module that holds weights."""
+
+    def __setstate__(self, state):
+        self.state = state
+
+
 def read_zip(path: Path) -> dict[str, Tensor]:
     """The tensors of a zip file as torch.save writes it, mapped."""
+    return _state_dict_of(zip_content(path))
+
+
+def zip_content(path: Path) -> object:
+    """All that such a file holds."""
     with damaged("a truncated or damaged .ckpt; fetch it again"):
         names = _pickle_globals(_zipped_pickle(path))
         _refuse_globals(names)
-        content = _unpickle_mapped(path, names)
-    return _state_dict_of(content)
+        return _unpickle_mapped(path, names)
 
 
 def read_legacy(path: Path) -> dict[str, Tensor]:
     """torch.save before 1.6: five pickles and then the weights, which torch cannot map."""
+    return _state_dict_of(legacy_content(path))
+
+
+def legacy_content(path: Path) -> object:
+    """All that such a file holds."""
     with damaged("not a checkpoint: neither safetensors nor a PyTorch pickle"):
         names = _legacy_globals(path)
     _refuse_globals(names)
     with damaged("a truncated or damaged .ckpt; fetch it again"), open(path, "rb") as file:
-        content = _unpickle(file, names, mapped=False)
-    return _state_dict_of(content)
+        return _unpickle(file, names, mapped=False)
 
 
 def _zipped_pickle(path: Path) -> io.BytesIO:
@@ -141,13 +165,15 @@ def _unpickle(source: Path | io.BufferedReader, names: set[str], mapped: bool):
 
 def _stand_in(name: str) -> type:
     """A class of its own for each call: leaving safe_globals must not take away another thread's."""
-    base = _InertDict if name.endswith("Dict") else _Inert
+    kept = _Kept if ".ParameterDict" in name else None
+    base = kept or (_InertDict if name.lower().endswith("dict") else _Inert)
     return type(base.__name__, (base,), {})
 
 
 def _state_dict_of(content: object) -> dict[str, Tensor]:
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for _ in range(_DEEPEST):
+        inner = (content.get(key) for key in _STATE_DICTS) if isinstance(content, dict) else ()
+        content = next((found for found in inner if isinstance(found, dict)), content)
     if not isinstance(content, dict):
         raise CheckpointError(f"holds a {type(content).__name__}, not weights by name")
     pairs = content.items()

@@ -1,11 +1,14 @@
 """Which configuration a checkpoint has: from its metadata, else from the tensors' shapes."""
 
+import json
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sd.checkpoints.errors import CheckpointError, damaged
 from sd.checkpoints.files import Opened
-from sd.checkpoints.layouts import PREFIXES, refuse_other_families
+from sd.checkpoints.layouts import PREFIXES, has_three_parts, refuse_other_families
 from sd.config import Config, TextConfig, UNetConfig, VAEConfig
 
 _MOST_TENSORS = 20_000  # of one configuration; SD 1.5 has 1,130
@@ -13,15 +16,30 @@ _MOST_TENSORS = 20_000  # of one configuration; SD 1.5 has 1,130
 
 def config_of(opened: Opened) -> Config:
     """The configuration in the metadata, else as `infer_config` tells it, with no number that no model has."""
-    if "config" in opened.metadata:
+    if is_own(opened.metadata.get("config")):
         with damaged("the configuration in its metadata is bad"):
             config = Config.from_json(opened.metadata["config"])
             _check_config(config, len(opened.tensors))
     else:
         with damaged("not the layout of Stable Diffusion 1.x"):
-            config = infer_config(opened.tensors)
+            config = replace(infer_config(opened.tensors), prediction=_prediction(opened))
             _check_config(config, len(opened.tensors))
     return config
+
+
+def _prediction(opened: Opened) -> str:
+    """By the marker that trainers put among the tensors, or Stability's metadata; else noise."""
+    said = opened.metadata.get("modelspec.prediction_type", "").lower()
+    return "v" if "v_pred" in opened.tensors or said in ("v", "v_prediction", "v-prediction") else "eps"
+
+
+def is_own(config: str | None) -> bool:
+    """Whether a `config` in the metadata is meant for this program: others write there what they like."""
+    try:
+        found = json.loads(config or "null")
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"text", "unet", "vae"} <= found.keys()
 
 
 def infer_config(state_dict: dict[str, Tensor]) -> Config:
@@ -30,7 +48,8 @@ def infer_config(state_dict: dict[str, Tensor]) -> Config:
     What shapes cannot say is SD 1's: 8 UNet heads, 32 norm groups, text heads of 64, scale factor 0.18215, pictures of
     512. Raises CheckpointError for another family of models, named, and for missing tensors.
     """
-    refuse_other_families(state_dict)
+    if not has_three_parts(state_dict):
+        refuse_other_families(state_dict)
     shapes = _Shapes(state_dict)
     return Config(
         text=_infer_text(shapes.under(PREFIXES["clip"])),

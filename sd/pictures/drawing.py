@@ -6,16 +6,20 @@ torch is imported by what needs it, when it is called: the command line answers 
 import gc
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from sd.config import Config
 from sd.pictures.controls import controls_of, recorded_controls
+from sd.pictures.loras import PromptLoras, named
 from sd.pictures.parameters import UserError, recorded
 from sd.pictures.plan import Job, Picture, draw_in_batches, groups
+from sd.pictures.saving import Save
+from sd.pictures.watching import Watcher, Watching, terminal_of
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +28,9 @@ if TYPE_CHECKING:
     from sd.pipeline import OnStep, StableDiffusion
 
 
-def check_sizes(pipe: "StableDiffusion", pictures: Sequence[Picture]) -> None:
+def check_sizes(pipe: "StableDiffusion", jobs: Iterable[Job]) -> None:
     side = pipe.config.image_size
-    for job, _ in pictures:
+    for job in jobs:
         try:
             pipe.config.check_size(job.height or side, job.width or side)
         except ValueError as error:
@@ -36,57 +40,119 @@ def check_sizes(pipe: "StableDiffusion", pictures: Sequence[Picture]) -> None:
 def draw_batch(
     pipe: "StableDiffusion",
     jobs: Sequence[Job],
-    init_image: "Image.Image | None" = None,
-    origin: Mapping[str, object] | None = None,
+    files: Mapping[str, object] | None = None,
+    origins: Sequence[Mapping[str, object]] = (),
     on_step: "OnStep | None" = None,
-    mask: "Image.Image | None" = None,
 ) -> "list[Image.Image]":
-    """One picture a job, all at once. The jobs share their settings; init_image and mask are the pictures of those
-    parameters, origin what is recorded of them.
+    """One picture a job, all at once. The jobs share their settings; files are the pictures of `init_image` and `mask`,
+    one for all or one a job, origins what is recorded of them, for each job.
 
     Each has in `info` all that its PNG will say of it, but for the model and the machine.
     """
     own = {one.name: [getattr(job, one.name) for job in jobs] for one in recorded() if one.own}
     shared = {one.name: getattr(jobs[0], one.name) for one in recorded() if not one.own}
-    arguments = {**own, **shared, "init_image": init_image, "mask": mask}
+    named = {one.name: None for one in recorded() if one.file}
+    arguments = {**own, **shared, **named, **(files or {})}
+    said: dict[str, object] = {}
     if jobs[0].control:
         arguments["control"] = controls_of(pipe, jobs[0].control)
-        origin = {**(origin or {}), **recorded_controls(jobs[0].control)}
+        said = recorded_controls(jobs[0].control)
     images = pipe.generate(arguments.pop("prompt"), **arguments, on_step=on_step)
-    for place, (image, job) in enumerate(zip(images, jobs, strict=True)):
-        image.info |= {**job.parameters(), **(origin or {}), "batch": [place, len(images)]}
+    origins = origins or [{}] * len(jobs)
+    for place, (image, job, origin) in enumerate(zip(images, jobs, origins, strict=True)):
+        image.info |= {**job.parameters(), **origin, **said, "batch": [place, len(images)]}
     return images
 
 
-def draw_all(
-    pipe: "StableDiffusion",
-    pictures: Sequence[Picture],
-    facts: Mapping[str, object],
-    watch: "Stopwatch",
-    batch_size: int | None = None,
-    place: tuple[int, int] | None = None,
-) -> None:
-    """Draw in batches and write each picture as soon as its batch is done.
+@dataclass(frozen=True)
+class Draw:
+    """How a run draws: what each file says of the model, how pictures are saved, and how many at once.
 
-    facts: what each PNG says of the model. batch_size: None is what memory allows. place: a single picture's, as
-    `Drawing` takes it.
+    batch_size: None is what memory allows. place: a single picture's, as `Drawing` takes it. out: where their names go.
+    watching: what is to be seen on the way. lora_dir: where prompts' LoRAs are.
     """
-    from sd.pictures.png import save_png
 
-    with Progress(len(pictures)) as progress:
+    facts: Mapping[str, object]
+    save: Save
+    out: TextIO
+    watching: Watching
+    batch_size: int | None = None
+    place: tuple[int, int] | None = None
+    lora_dir: Path | None = None
 
-        def make_room(size: int) -> None:
-            release(pipe.device)
-            progress.note(f"out of memory; going on with {size} at once")
 
-        for group in groups(pictures):
-            files = dict(group)
-            drawing = Drawing(pipe, group[0][0], progress, watch, place if len(pictures) == 1 else None)
-            size = batch_size or drawing.auto_batch_size()
-            for batch, drawn in draw_in_batches(list(files), drawing.draw, size, is_out_of_memory, make_room):
-                for job, image in zip(batch, drawn, strict=True):
-                    save_png(image, files[job], {**image.info, **facts})
-                    progress.picture(f"{files[job]}  seed {job.seed}")
+def draw_all(
+    pipe: "StableDiffusion", windows: Iterable[Sequence[Picture]], count: int, how: Draw, watch: "Stopwatch"
+) -> list[str]:
+    """Draw in batches and save each picture as soon as its batch is done. count: of all that is left.
+
+    Returns a line for each picture that cannot be drawn because of a file that it names; the others are.
+    """
+    failed: list[str] = []
+    loras = PromptLoras(pipe, how.lora_dir)
+    with Progress(count, how.out) as progress:
+        if how.watching.anything:
+            progress.watch(pipe, how.watching)
+        for window in windows:
+            for group in groups(window, lambda job: (job.settings(), named(job), *_sizes(job))):
+                kept, lines = readable(group)
+                failed += lines
+                progress.fewer(len(lines))
+                if kept:
+                    loras.use(kept[0][0])
+                    said = loras.recorded(kept[0][0])
+                    _draw_group(pipe, kept, replace(how, facts={**how.facts, **said}), progress, watch)
+    return failed
+
+
+def _draw_group(
+    pipe: "StableDiffusion", group: Sequence[Picture], how: Draw, progress: "Progress", watch: "Stopwatch"
+) -> None:
+    def make_room(size: int) -> None:
+        release(pipe.device)
+        progress.note(f"out of memory; going on with {size} at once")
+
+    files = dict(group)
+    drawing = Drawing(pipe, group[0][0], progress, watch, how.place)
+    size = drawing.batch_size(how.place[1] if how.place else how.batch_size)
+    for batch, drawn in draw_in_batches(list(files), drawing.draw, size, is_out_of_memory, make_room):
+        for job, image in zip(batch, drawn, strict=True):
+            name = how.save(image, files[job], {**image.info, **how.facts})
+            progress.picture(f"{name}  seed {job.seed}")
+        progress.batch(drawn)
+
+
+def _named(job: Job) -> dict[str, str]:
+    """The files that it names, by parameter."""
+    found = {one.name: getattr(job, one.name) for one in recorded() if one.file}
+    return {name: file for name, file in found.items() if file}
+
+
+def _sizes(job: Job) -> tuple:
+    """The shapes of these pictures, which decide that of what is drawn."""
+    from sd.images import size_of_file
+
+    return tuple(size_of_file(file) for file in _named(job).values())
+
+
+def readable(group: Sequence[Picture]) -> tuple[list[Picture], list[str]]:
+    """The pictures whose files can be read, all of them decoded, and a line for each of the others."""
+    from sd.images import check_whole
+
+    faults: dict[str, str] = {}
+    for file in dict.fromkeys(file for job, _ in group for file in _named(job).values()):
+        try:
+            check_whole(file)
+        except ValueError as error:
+            faults[file] = str(error)
+    kept, lines = [], []
+    for job, out in group:
+        wrong = [faults[file] for file in _named(job).values() if file in faults]
+        if wrong:
+            lines.append(f"{job.where}: {wrong[0]}" if job.where else wrong[0])
+        else:
+            kept.append((job, out))
+    return kept, lines
 
 
 class Drawing:
@@ -109,43 +175,49 @@ class Drawing:
         self.progress = progress
         self.watch = watch
         self.place = place
+        self.read: dict[str, Image.Image] = {}
+        self.prints: dict[str, str] = {}
 
-    def auto_batch_size(self) -> int:
-        side = self.pipe.config.image_size
+    def batch_size(self, asked: int | None) -> int:
+        """Pictures at once. Raises UserError where so many, or a single one, cannot fit into the memory there is."""
+        pipe, side = self.pipe, self.pipe.config.image_size
         height, width = self.like.height or side, self.like.width or side
-        return pictures_at_once(self.pipe.config, height, width, self.pipe.dtype, self.pipe.device)
+        if "vae-tiling" in {name.partition("=")[0] for name in pipe.optimizations}:
+            height, width = min(height, side), min(width, side)
+        return pictures_at_once(pipe.config, height, width, pipe.dtype, pipe.device, asked)
 
     def draw(self, batch: Sequence[Job]) -> "list[Image.Image]":
-        """The pictures, with all that their PNGs will say of them in `info`."""
+        """The pictures, with all that their files will say of them in `info`."""
         if self.place:
             place, size = self.place
             return [self._draw(list(batch) * size)[place]]
         return self._draw(batch)
 
     def _draw(self, batch: Sequence[Job]) -> "list[Image.Image]":
-        images = draw_batch(self.pipe, batch, self.init_image, self.origin, self.progress.step, self.mask)
+        origins = [self._origin(job) for job in batch]
+        images = draw_batch(self.pipe, batch, self._files(batch), origins, self.progress.step)
         self.watch.add(self.pipe.times)
         return images
 
-    @cached_property
-    def init_image(self) -> "Image.Image | None":
-        from sd.images import read_rgb
-
-        return read_rgb(self.like.init_image) if self.like.init_image else None
-
-    @cached_property
-    def mask(self) -> "Image.Image | None":
+    def _files(self, batch: Sequence[Job]) -> dict[str, "Image.Image | list[Image.Image]"]:
+        """The pictures that the jobs name: one where it is the same for all, which is encoded once."""
         from sd.images import read
 
-        return read(self.like.mask) if self.like.mask else None
+        named = [_named(job) for job in batch]
+        self.read = {file: self.read.get(file) or read(file) for one in named for file in one.values()}
+        found = {}
+        for name in named[0]:
+            files = [one[name] for one in named]
+            found[name] = self.read[files[0]] if len(set(files)) == 1 else [self.read[file] for file in files]
+        return found
 
-    @cached_property
-    def origin(self) -> dict[str, str]:
+    def _origin(self, job: Job) -> dict[str, str]:
         from sd.pictures.provenance import fingerprint
 
-        named = {name: getattr(self.like, name) for name in ("init_image", "mask")}
-        given = {name: file for name, file in named.items() if file}
-        return given | {f"{name}_hash": fingerprint(file) for name, file in given.items()}
+        named = _named(job)
+        for file in named.values():
+            self.prints[file] = self.prints.get(file) or fingerprint(file)
+        return named | {f"{name}_hash": self.prints[file] for name, file in named.items()}
 
 
 # ---- what is seen of it
@@ -172,10 +244,12 @@ class Stopwatch:
 
 
 class Progress:
-    """Bars on stderr: the steps of a batch and, over several pictures, those that are done. File names on stdout."""
+    """Bars on stderr: the steps of a batch and, over several pictures, those that are done. File names on `out`."""
 
-    def __init__(self, pictures: int):
+    def __init__(self, pictures: int, out: TextIO):
         self.pictures = pictures
+        self.out = out
+        self.watcher: Watcher | None = None
         self.bars: dict[str, object] = {}
 
     def __enter__(self) -> "Progress":
@@ -187,25 +261,47 @@ class Progress:
         for bar in reversed(self.bars.values()):
             bar.close()
 
+    def watch(self, pipe: "StableDiffusion", asked: Watching) -> None:
+        """Show the pictures as they form, too."""
+        if any(name.startswith("loop-graph") for name in pipe.optimizations):
+            self.note("previews come when all steps are done: loop-graph makes them at once")
+        self.watcher = Watcher(pipe, asked, partial(self.note, end=""), terminal_of(sys.stderr))
+
+    def batch(self, images: "Sequence[Image.Image]") -> None:
+        """A batch is drawn and saved."""
+        for name in self.watcher.finished(images) if self.watcher else ():
+            self.line(name)
+
     def step(self, step: int, steps: int, latents: object) -> None:
         """The callback for `generate`: the bar appears with the first step of each batch."""
+        if self.watcher:
+            self.watcher.step(step, steps, latents)
         if step == 1 and "denoise" in self.bars:
             self.bars["denoise"].reset(steps)
         self._bar("denoise", steps, unit="it", leave=self.pictures == 1).update()
 
     def picture(self, line: str) -> None:
-        """One is done: the line on stdout, whatever bars are shown."""
-        from tqdm import tqdm
-
-        tqdm.write(line, file=sys.stdout)
+        """One is done: the line on `out`, whatever bars are shown."""
+        self.line(line)
         if "pictures" in self.bars:
             self.bars["pictures"].update()
 
-    def note(self, line: str) -> None:
+    def fewer(self, pictures: int) -> None:
+        """So many of them are not drawn."""
+        if "pictures" in self.bars:
+            self.bars["pictures"].total -= pictures
+            self.bars["pictures"].refresh()
+
+    def line(self, line: str) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(line, file=self.out)
+
+    def note(self, line: str, end: str = "\n") -> None:
         """A line on stderr, beside the bars."""
         from tqdm import tqdm
 
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(line, file=sys.stderr, end=end)
 
     def _bar(self, name: str, total: int, **options: object):
         from tqdm import tqdm
@@ -217,10 +313,15 @@ class Progress:
 
 # ---- how much fits into memory
 
-MOST_AT_ONCE = {"cpu": 4}
-"""Pictures in a batch beyond which nothing is gained but latency: a CPU is busy with one already."""
+MOST_AT_ONCE = {"cpu": 1, "cuda": 8, "mps": 4}
+"""Pictures at once, beyond which too little is gained for what waiting costs: the first is there with the last.
 
-MOST_ON_ACCELERATOR = 16
+Four in a batch over four alone, medians of paired runs: on two cores of a CPU 1.31x at 128x128 (demo model; 1.23x
+without optimizations), 1.13x at 256x256 (SD 1.5's shapes); eight on an H100 at 512x512 1.38x. So a CPU draws one by
+one, and --batch-size 4 says otherwise.
+"""
+
+CGROUPS = "/sys/fs/cgroup"
 LIVE_MAPS = 8
 SHARE = 0.8
 
@@ -267,14 +368,19 @@ def _available_ram() -> int | None:
 
 
 def _left_by_cgroup() -> list[int]:
-    pairs = [("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")]
+    groups = [
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ]
     left = []
-    for limit, usage in pairs:
+    for names in groups:
         try:
-            limit_bytes, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in (limit, usage))
-        except (OSError, ValueError):  # not there, or "max"
+            limit, used, stat = (Path(CGROUPS, name).read_text() for name in names)
+            counts = dict(line.split() for line in stat.splitlines())
+            cached = counts.get("total_inactive_file") or counts["inactive_file"]  # files that would give way
+            left.append(max(0, int(limit) - int(used) + int(cached)))
+        except (OSError, KeyError, ValueError):  # not there, or "max"
             continue
-        left.append(max(0, limit_bytes - used))
     return left
 
 
@@ -287,10 +393,26 @@ def picture_bytes(config: Config, height: int, width: int, dtype: "torch.dtype")
     return LIVE_MAPS * 2 * config.vae.ch * height * width * dtype.itemsize
 
 
-def pictures_at_once(config: Config, height: int, width: int, dtype: "torch.dtype", device: "torch.device") -> int:
-    """The batch to try first: as many as should fit into SHARE of the memory, at least 1."""
-    most = MOST_AT_ONCE.get(device.type, MOST_ON_ACCELERATOR)
+def pictures_at_once(
+    config: Config, height: int, width: int, dtype: "torch.dtype", device: "torch.device", asked: int | None = None
+) -> int:
+    """The batch to try first: what was asked for, else as many as gain anything and fit into SHARE of the memory.
+
+    Raises UserError where what is asked for, or a single picture, takes more than there is.
+    """
+    most = MOST_AT_ONCE.get(device.type, 1)
     if (free := free_memory(device)) is None:
-        return most
-    fit = int(free * SHARE) // picture_bytes(config, height, width, dtype)
-    return max(1, min(most, fit))
+        return asked or most
+    each = picture_bytes(config, height, width, dtype)
+    if each * (asked or 1) > free:
+        raise UserError(_too_large(height, width, asked or 1, each, free))
+    return asked or max(1, min(most, int(free * SHARE) // each))
+
+
+def _too_large(height: int, width: int, count: int, each: int, free: int) -> str:
+    what = f"{height}x{width}" if count == 1 else f"{count} pictures of {height}x{width} at once"
+    if count > 1 and free >= each:
+        instead = f"--batch-size {free // each}"
+    else:
+        instead = "a smaller --height and --width, --dtype float16 on a GPU, or --opt vae-tiling"
+    return f"{what} takes about {each * count / 2**30:.1f} GB, and {free / 2**30:.1f} GB are free: {instead}"

@@ -5,9 +5,11 @@ import re
 import string
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from sd.pictures.formats import ENDINGS
 from sd.pictures.parameters import UserError, shown
 from sd.pictures.plan import Job, Picture
 
@@ -18,23 +20,77 @@ MAX_NAME = 255
 # ---- file names
 
 
-def output_files(pattern: str, jobs: Sequence[Job], many: bool) -> list[Path]:
-    """The file of each job: the pattern with its fields filled in, `out/{index:04}-{seed}.png`.
+DEFAULT = "output.png"
+WINDOW = 1000
+"""Pictures that are named, checked and grouped at once: so that a million begin as soon as one."""
 
-    many: the run may draw several pictures, so a pattern without a field gets -{index} before .png. Raises UserError
-    unless every file can be written where it belongs and no two jobs have the same.
+
+@dataclass(frozen=True)
+class Pictures:
+    """The jobs of a run with the file of each: the pattern with its fields filled in, as `out/{index:04}-{seed}.png`.
+
+    after: number that is added to each index.
     """
-    if many and not _fields(pattern):
-        pattern = _numbered(pattern)
-    files = [_output_file(pattern, job) for job in jobs]
+
+    jobs: Sequence[Job]
+    pattern: str
+    after: int = 0
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __iter__(self) -> Iterator[Picture]:
+        return (picture for window in self.windows() for picture in window)
+
+    def windows(self) -> Iterator[list[Picture]]:
+        """Some at a time. Raises UserError where a file cannot be written, or is that of another job too."""
+        taken: dict[Path, int] = {}
+        for start in range(0, len(self.jobs), WINDOW):
+            jobs = [self.jobs[place] for place in range(start, min(start + WINDOW, len(self.jobs)))]
+            yield list(zip(jobs, _files(self.pattern, jobs, self.after, taken), strict=True))
+
+
+def named(jobs: Sequence[Job], out: str | None, many: bool, random: bool) -> Pictures:
+    """The pictures with their files. out: a pattern, or None: output.png, or after it names that are not taken.
+
+    many: the run may draw several, so a pattern without a field gets -{index} before its ending. random: they are other
+    pictures than those of an earlier run.
+    """
+    if out is not None:
+        return Pictures(jobs, numbered(out) if many else out)
+    if many:
+        return Pictures(jobs, numbered(DEFAULT), last_number(Path(DEFAULT)) if random else 0)
+    return Pictures(jobs, str(free_name(Path(DEFAULT))))
+
+
+def output_files(pattern: str, jobs: Sequence[Job], many: bool) -> list[Path]:
+    """The file of each job. many: the run may draw several pictures, so a pattern without a field gets -{index} before
+    its ending. Raises UserError unless every file can be written where it belongs and no two jobs have the same.
+    """
+    return _files(numbered(pattern) if many else pattern, jobs, 0, {})
+
+
+def _files(pattern: str, jobs: Sequence[Job], after: int, taken: dict[Path, int]) -> list[Path]:
+    files = [_output_file(pattern, job, after) for job in jobs]
     for folder in dict.fromkeys(file.parent for file in files):
         _check_folder(folder)
-    taken: dict[Path, Job] = {}
     for file, job in zip(files, jobs, strict=True):
         if file in taken:
-            raise UserError(f"--out: pictures {taken[file].index} and {job.index} would both be {file}; add {{index}}")
-        taken[file] = job
+            raise UserError(f"--out: pictures {taken[file]} and {job.index} would both be {file}; add {{index}}")
+        taken[file] = job.index
     return files
+
+
+def free_name(path: Path) -> Path:
+    """The path, or beside it the first of output-1.png, output-2.png, ... after all that are there."""
+    return path if not os.path.lexists(path) else path.with_name(f"{path.stem}-{last_number(path) + 1}{path.suffix}")
+
+
+def last_number(path: Path) -> int:
+    """The largest number in names as output-12.png beside output.png; 0 where there is none."""
+    name = re.compile(re.escape(path.stem) + r"-(\d{1,18})" + re.escape(path.suffix))
+    found = (name.fullmatch(file) for file in (os.listdir(path.parent) if path.parent.is_dir() else ()))
+    return max((int(match[1]) for match in found if match), default=0)
 
 
 NAME_FIELDS = ("index", "seed", "prompt", "sampler", "steps", "cfg_scale")
@@ -54,16 +110,20 @@ def _fields(pattern: str) -> list[str]:
     return [field for field, _, _ in found]
 
 
-def _numbered(pattern: str) -> str:
+def numbered(pattern: str) -> str:
+    """The pattern, with -{index} before its ending if it has no field. Raises UserError for fields that are none."""
+    if _fields(pattern):
+        return pattern
     path = Path(pattern)
     return str(path.with_name(f"{path.stem}-{{index}}{path.suffix}"))
 
 
-def _output_file(pattern: str, job: Job) -> Path:
+def _output_file(pattern: str, job: Job, after: int = 0) -> Path:
     if not _fields(pattern):
         file = Path(pattern.format())
     else:
-        values = {name: getattr(job, name) for name in NAME_FIELDS} | {"prompt": slug(job.prompt)}
+        values = {name: getattr(job, name) for name in NAME_FIELDS}
+        values |= {"prompt": slug(job.prompt), "index": job.index + after}
         try:
             file = Path(pattern.format(**values))
         except (ValueError, OverflowError) as error:
@@ -71,9 +131,9 @@ def _output_file(pattern: str, job: Job) -> Path:
     if len(os.fsencode(file.name)) > MAX_NAME:
         raise UserError(f"--out: the name {file.name[:20]}... is longer than {MAX_NAME} bytes")
     if file.is_dir():
-        raise UserError(f"--out: {file} is a folder; name a .png file")
-    if file.suffix.lower() != ".png":
-        raise UserError(f"--out: pictures are PNG files, so {file} must end in .png")
+        raise UserError(f"--out: {file} is a folder; name a file in it")
+    if file.suffix.lower() not in ENDINGS:
+        raise UserError(f"--out: {file} must end in one of {', '.join(ENDINGS)}")
     return file
 
 
@@ -84,8 +144,11 @@ def slug(prompt: str, length: int = 40) -> str:
 
 
 def _check_folder(folder: Path) -> None:
+    """That it is there, or can be made once there is a picture, and can be written to."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
     if not folder.is_dir():
-        raise UserError(f"--out: there is no folder {folder}")
+        raise UserError(f"--out: {folder} is no folder")
     try:
         with tempfile.TemporaryFile(dir=folder) as file:  # permissions do not tell of a read-only mount or a full disk
             file.write(bytes(4096))

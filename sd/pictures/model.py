@@ -3,18 +3,22 @@
 torch is imported by what needs it, when it is called: the choice is made, and wrong ones refused, without it.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sd.config import PREDICTIONS
 from sd.pictures.parameters import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from sd.pipeline import StableDiffusion
+
+log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "float16", "bfloat16")
 SHORT = ("cpu-bf16", "cpu-int8")  # the optimizations that pack short numbers from the weights
@@ -29,7 +33,15 @@ def add_model_options(add: Callable[..., object]) -> None:
         metavar="FILE[:WEIGHT]",
         help="merge a LoRA into the weights, at a strength (1); repeat it for several",
     )
+    add(
+        "--embedding",
+        action="append",
+        metavar="FILE[:WORD]",
+        help="learned words (textual inversion), spelled as the file says or as WORD; repeat it for several",
+    )
+    add("--lora-dir", type=Path, metavar="DIR", help="where <lora:name:0.8> of --prompt-syntax a1111 is looked for")
     add("--ema", action="store_true", help="use the averaged weights of a file that holds both")
+    add("--prediction", choices=PREDICTIONS, help="what the UNet was trained for (what the file says, else eps)")
     add("--device", help="cuda, mps or cpu (the best there is)")
     add("--dtype", choices=DTYPES, help="(float16 on CUDA, bfloat16 on a CPU with AMX, else float32)")
     add("--load-quantized", type=Path, metavar="FILE", help="weights that --save-quantized wrote")
@@ -60,7 +72,10 @@ class ModelChoice:
 
     ckpt: Path | None = None
     lora: Sequence[str] | None = None
+    embedding: Sequence[str] | None = None
+    lora_dir: Path | None = None
     ema: bool = False
+    prediction: str | None = None
     device: str | None = None
     dtype: str | None = None
     load_quantized: Path | None = None
@@ -92,10 +107,13 @@ class ModelChoice:
         from sd.pipeline import StableDiffusion
 
         device = check_device(self.device)
-        pipe = StableDiffusion.load(checkpoint, device, self._dtype_to_load(checkpoint), ema=self.ema)
+        pipe = StableDiffusion.load(checkpoint, device, self._dtype_to_load(checkpoint), self.ema, self.prediction)
         pipe.dtype_is_asked_for = self.dtype is not None
         for path, weight in self.loras():
             pipe.add_lora(path, weight)
+        for path, word in self.embeddings():
+            words = pipe.add_embedding(path, word)
+            log.info("%s: %s", path.name, ", ".join(words))
         if self.load_quantized:
             from sd.optimizations.quantized_files import load_quantized
 
@@ -105,6 +123,17 @@ class ModelChoice:
     def loras(self) -> list[tuple[Path, float]]:
         """The files and strengths of --lora. Raises UserError for what is not there, or no strength."""
         return [_lora(text) for text in self.lora or ()]
+
+    def embeddings(self) -> list[tuple[Path, str | None]]:
+        """The files and words of --embedding. Raises UserError for what is not there."""
+        return [_embedding(text) for text in self.embedding or ()]
+
+    def check_files(self) -> None:
+        """Raises UserError for a LoRA or an embedding that is not there."""
+        self.loras()
+        self.embeddings()
+        if self.lora_dir and not self.lora_dir.is_dir():
+            raise UserError(f"--lora-dir: there is no folder {self.lora_dir}")
 
     def _dtype_to_load(self, checkpoint: Path) -> "torch.dtype | None":
         """The one that is asked for; but where short numbers will be packed from the weights, the file's own, so that
@@ -157,6 +186,19 @@ class ModelChoice:
 
         return [[path.name, fingerprint(path), weight] for path, weight in self.loras()] or None
 
+    def recorded_embeddings(self) -> list[list] | None:
+        """The same of learned words: name, fingerprint, word or None."""
+        from sd.pictures.provenance import fingerprint
+
+        return [[path.name, fingerprint(path), word] for path, word in self.embeddings()] or None
+
+    def same(self, checkpoint: Path) -> dict[str, object]:
+        """What a picture's file must say of the model, to be one of this run's."""
+        from sd.pictures.provenance import fingerprint
+
+        files = {"loras": self.recorded_loras(), "embeddings": self.recorded_embeddings()}
+        return {"checkpoint_hash": fingerprint(checkpoint), **files}
+
     def facts(self, pipe: "StableDiffusion", checkpoint: Path) -> dict[str, object]:
         """What a picture's PNG says of the model and the machine; --from-png reads it."""
         from sd.pictures.provenance import fingerprint
@@ -167,7 +209,9 @@ class ModelChoice:
             "checkpoint": checkpoint.name,
             "checkpoint_hash": fingerprint(checkpoint),
             "ema": self.ema,
+            "prediction": pipe.config.prediction if pipe.config.prediction != "eps" else None,
             "loras": self.recorded_loras(),
+            "embeddings": self.recorded_embeddings(),
             "quantized": self.load_quantized and self.load_quantized.name,
             **running,
         }
@@ -185,6 +229,15 @@ def _lora(text: str) -> tuple[Path, float]:
         raise UserError(f"--lora: a strength must be a finite number, not {number}")
     if not found[0].is_file():
         raise UserError(f"--lora: there is no file {found[0]}")
+    return found
+
+
+def _embedding(text: str) -> tuple[Path, str | None]:
+    """`FILE` or `FILE:WORD`, where a file may have a colon in its name."""
+    path, _, word = text.rpartition(":")
+    found = (Path(path), word) if path and word and not Path(text).is_file() else (Path(text), None)
+    if not found[0].is_file():
+        raise UserError(f"--embedding: there is no file {found[0]}")
     return found
 
 
@@ -234,7 +287,7 @@ def check_device(name: str | None) -> "torch.device | None":
         return None
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # there are devices that hold no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
     return device

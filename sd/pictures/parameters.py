@@ -5,6 +5,7 @@ parameter is one line of it, and an argument of that name of `StableDiffusion.ge
 """
 
 import argparse
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import ClassVar, NoReturn
 
 from sd import hints, prompts, samplers, schedules
 from sd.prompt_steps import over_steps
+
+log = logging.getLogger(__name__)
 
 
 class UserError(Exception):
@@ -25,7 +28,22 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all options)")
 
 
+class Last(argparse.Action):
+    """The last of an option's values holds; that others are not used is said."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            log.warning("%s is given more than once: the last one holds", self.option_strings[-1])
+        setattr(namespace, self.dest, values)
+
+
 # ---- what a value must be: check(name, value) -> the value, or ValueError that says what the parameter takes
+
+
+LONGEST = 1_000_000
+"""Characters of a text. What is beyond is a mistake, or somebody's who means harm."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,8 @@ class Text:
     def __call__(self, name: str, value: object) -> str:
         if not isinstance(value, str):
             raise ValueError(f"{name} must be text, not {shown(value)}")
+        if len(value) > LONGEST:
+            raise ValueError(f"{name} must be at most {LONGEST} characters, not {len(value)}")
         try:
             value.encode()
         except UnicodeEncodeError:
@@ -54,9 +74,12 @@ class Whole:
     metavar: ClassVar[str] = "N"
 
     def __call__(self, name: str, value: object) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
+        whole = value.is_integer() if isinstance(value, float) else isinstance(value, int)
+        if not whole or isinstance(value, bool):
+            raise ValueError(f"{name} must be a whole number, not {shown(value)}")
+        if not self.low <= value <= self.high:
             raise ValueError(f"{name} must be from {self.low} to {self.high_text or self.high}, not {shown(value)}")
-        return value
+        return int(value)  # spreadsheets write 20.0
 
 
 @dataclass(frozen=True)
@@ -340,6 +363,8 @@ def add_options(add: Callable[..., object]) -> None:
         options = {"metavar": parameter.metavar or check.metavar, "type": check.kind}
         if type(check) is Choice:
             options = {"metavar": options["metavar"], "choices": check.options}
+        if type(check) is Text and parameter.flag and parameter.own:
+            options |= {"action": Last}
         if type(check) is Several:
             options["action"] = "append"
         if type(check) is Switch:

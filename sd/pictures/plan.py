@@ -1,64 +1,18 @@
-"""Which pictures to draw: prompts files, the jobs that they ask for, and which of these share a batch.
+"""Which pictures to draw: the jobs that are asked for, and which of them share a batch.
 
 Nothing here draws or knows a model, and torch is not imported: a mistake in line 900 of a prompts file is told at once.
 """
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-from sd.pictures.parameters import PARAMETERS, UserError, check_together, checked, defaults, recorded
+from sd.pictures.parameters import PARAMETERS, check_together, checked, defaults, recorded
+from sd.pictures.prompts_file import Entry
 
 Drawn = TypeVar("Drawn")
-
-
-# ---- prompt files
-
-
-class Entry(NamedTuple):
-    """Own parameters of some pictures, and where they come from, to say in errors ("" for the command line)."""
-
-    where: str
-    parameters: Mapping[str, object]
-
-
-def read_prompts(path: str | os.PathLike) -> list[Entry]:
-    """The prompts of a UTF-8 text file, one a line, or of a .jsonl file, one object of parameters a line.
-
-    Empty lines are skipped. Raises UserError, naming the file and the line, for anything that cannot be read.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts-file: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"--prompts-file: {path} cannot be read ({error.strerror or error})") from None
-    read = _json_line if path.suffix.lower() in (".jsonl", ".ndjson") else _text_line
-    numbered = [(f"{path} line {number}", line.strip()) for number, line in enumerate(lines, start=1)]
-    entries = [Entry(where, read(where, line)) for where, line in numbered if line]
-    if not entries:
-        raise UserError(f"--prompts-file: {path} holds no prompt")
-    return entries
-
-
-def _text_line(where: str, line: str) -> dict[str, object]:
-    return {"prompt": line}
-
-
-def _json_line(where: str, line: str) -> dict[str, object]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f'{where}: not an object such as {{"prompt": "a fox", "steps": 30}}')
-    if not isinstance(values.get("prompt"), str):
-        raise UserError(f'{where}: it lacks "prompt"')
-    return checked(where, values)
 
 
 # ---- the plan
@@ -81,8 +35,9 @@ class Job:
         return self.values[name]
 
     def settings(self) -> tuple:
-        """What pictures drawn in one batch must have in common."""
-        return tuple(self.values[one.name] for one in recorded() if not one.own)
+        """What pictures drawn in one batch must have in common; of files, that they are given."""
+        shared = (one for one in recorded() if not one.own)
+        return tuple(self.values[one.name] is None if one.file else self.values[one.name] for one in shared)
 
     def parameters(self) -> dict[str, object]:
         """What its PNG will say of it, as far as it is known before drawing."""
@@ -95,33 +50,54 @@ Picture = tuple[Job, Path]
 """What to draw and the file it goes to."""
 
 
-def plan(entries: Iterable[Entry], shared: Mapping[str, object], first_seed: int) -> list[Job]:
+@dataclass(frozen=True)
+class Plan(Sequence[Job]):
+    """The jobs of a run, each made when it is asked for: there may be millions. firsts: the first one of each entry."""
+
+    firsts: tuple[Job, ...]
+    ends: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, place: int | slice) -> Job | list[Job]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        first = self.firsts[bisect(self.ends, place)]
+        more = place + 1 - first.index
+        return replace(first, index=place + 1, values={**first.values, "seed": first.seed + more})
+
+
+def plan(entries: Iterable[Entry], shared: Mapping[str, object], first_seed: int) -> Plan:
     """The pictures that the entries ask for, in order: num_images of each.
 
     An entry's own parameters win over the shared ones, which win over the defaults. An entry's own seed counts up over
     its pictures; the others' seeds are first_seed, first_seed + 1, ... over the whole run. Raises UserError.
     """
-    jobs: list[Job] = []
+    firsts: list[Job] = []
+    ends: list[int] = []
+    done = 0
     for where, own in entries:
         values = {**defaults(), **shared, **own}
         check_together(where, values)
-        count = values["num_images"]
-        for i in range(count):
-            seed = own["seed"] + i if "seed" in own else first_seed + len(jobs)
-            checked(where, {"seed": seed})
-            own_values = {one.name: values[one.name] for one in recorded()} | {"seed": seed}
-            jobs.append(Job(len(jobs) + 1, where, own_values))
-    return jobs
+        seed, count = own.get("seed", first_seed + done), values["num_images"]
+        checked(where, {"seed": seed + count - 1})
+        own_values = {one.name: values[one.name] for one in recorded()} | {"seed": seed}
+        firsts.append(Job(done + 1, where, own_values))
+        done += count
+        ends.append(done)
+    return Plan(tuple(firsts), tuple(ends))
 
 
 # ---- batches
 
 
-def groups(pictures: Iterable[Picture]) -> list[list[Picture]]:
-    """Pictures that can share a batch, together: in the order of the first of each group."""
-    found: dict[tuple, list[Picture]] = {}
+def groups(pictures: Iterable[Picture], alike: Callable[[Job], Hashable] = Job.settings) -> list[list[Picture]]:
+    """Pictures that can share a batch, as `alike` says, together: in the order of the first of each group."""
+    found: dict[Hashable, list[Picture]] = {}
     for job, file in pictures:
-        found.setdefault(job.settings(), []).append((job, file))
+        found.setdefault(alike(job), []).append((job, file))
     return list(found.values())
 
 

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 
 from PIL import Image, PngImagePlugin
 
+from sd.pictures import a1111
 from sd.writing import write_whole
+
+FOREIGN = "parameters"
 
 
 def save_png(image: Image.Image, path: str | os.PathLike, parameters: Mapping[str, object]) -> None:
@@ -16,10 +19,15 @@ def save_png(image: Image.Image, path: str | os.PathLike, parameters: Mapping[st
 
 
 def to_png(image: Image.Image, parameters: Mapping[str, object]) -> bytes:
-    """A PNG file whose text chunks hold the parameters, one a chunk, each value as JSON."""
+    """A PNG file whose text chunks hold the parameters, one a chunk, each value as JSON.
+
+    A chunk `parameters` says them as AUTOMATIC1111's web UI does.
+    """
     text = PngImagePlugin.PngInfo()
     for key, value in parameters.items():
         text.add_itxt(key, json.dumps(value, ensure_ascii=False))
+    if "prompt" in parameters:
+        text.add_text(FOREIGN, a1111.written(parameters))
     data = io.BytesIO()
     image.save(data, format="PNG", pnginfo=text)
     return data.getvalue()
@@ -32,7 +40,8 @@ def read_parameters(path: str | os.PathLike) -> dict[str, object]:
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            parameters = {key: json.loads(value) for key, value in image.info.items() if isinstance(value, str)}
+            texts = {key: value for key, value in image.info.items() if isinstance(value, str) and key != FOREIGN}
+            parameters = {key: json.loads(value) for key, value in texts.items()}
     except (SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
         parameters = {}
     if "prompt" not in parameters:

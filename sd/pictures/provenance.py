@@ -68,6 +68,21 @@ def loras_again(recorded: object, folder: Path) -> list[str]:
     return found
 
 
+def embeddings_again(recorded: object, folder: Path) -> list[str]:
+    """The same of learned words, as --embedding takes them."""
+    found = []
+    for name, digest, word in recorded if isinstance(recorded, list) else ():
+        path = next(
+            (p for p in (Path(name), folder / Path(name).name) if p.is_file() and fingerprint(p) == digest), None
+        )
+        if path is None:
+            raise ProvenanceError(
+                f"the picture was drawn with the words of {name} ({digest}); name it with --embedding"
+            )
+        found.append(f"{path}:{word}" if word else str(path))
+    return found
+
+
 def file_again(option: str, name: str, recorded: object, folder: Path) -> str:
     """The init image or mask of that name, in the working directory or the picture's folder. Raises ProvenanceError."""
     for path in (Path(name), folder / Path(name).name):

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sd.pictures.controls import controls_again
-from sd.pictures.files import left_to_draw, output_files
+from sd.pictures.files import DEFAULT, Pictures, left_to_draw, named
+from sd.pictures.formats import read_foreign, read_parameters
 from sd.pictures.model import DTYPES, ModelChoice
 from sd.pictures.parameters import PARAMETERS, UserError, checked, recorded
-from sd.pictures.plan import Entry, Job, Picture, plan, read_prompts
-from sd.pictures.provenance import file_again, fingerprint, loras_again
+from sd.pictures.plan import Job, Picture, Plan, plan
+from sd.pictures.prompts_file import Entry, read_prompts
+from sd.pictures.provenance import embeddings_again, file_again, loras_again
+from sd.pictures.saving import STDOUT, Save, to_file, to_new_file, to_stdout
+from sd.pictures.watching import Watching
 from sd.samplers import OPTIONS
 
 log = logging.getLogger(__name__)
@@ -22,26 +26,44 @@ class Run:
     """What one run does.
 
     parameters: those of the command line that hold for all pictures; what is None is not given.
-    place: where in a batch, and of how many, the one picture of --from-png was drawn.
+    out: None is output.png, or a name beside it that is free. place: where in a batch, and of how many, the one picture
+    of --from-png was drawn.
     """
 
     prompt: Sequence[str] | None = None
     prompts_file: Path | None = None
     from_png: Path | None = None
     parameters: Mapping[str, object] = field(default_factory=dict)
-    out: str = "output.png"
+    out: str | None = None
     overwrite: bool = False
     batch_size: int | None = None
     save_quantized: Path | None = None
     list_opts: bool = False
     list_samplers: bool = False
     version: bool = False
+    inspect: Path | None = None
     explain: bool = False
+    preview: int | None = None
+    preview_file: Path | None = None
+    preview_decoder: Path | None = None
+    save_steps: Path | None = None
     place: tuple[int, int] | None = None
 
     @property
     def random_seeds(self) -> bool:
         return self.parameters.get("seed") is None and not self.prompts_file
+
+    @property
+    def watching(self) -> Watching:
+        """What is to be seen of the pictures while they form."""
+        return Watching(self.preview, self.preview_file, self.save_steps, self.preview_decoder)
+
+    @property
+    def save(self) -> Save:
+        """Where its pictures go."""
+        if self.out == STDOUT:
+            return to_stdout
+        return to_file if self.out or self.overwrite else to_new_file
 
 
 # ---- a picture again
@@ -52,9 +74,7 @@ def recalled(run: Run, model: ModelChoice) -> tuple[Run, ModelChoice, dict[str, 
 
     Raises UserError, OSError or ValueError.
     """
-    from sd.pictures.png import read_parameters
-
-    said = read_parameters(run.from_png)
+    said = _said_by(run.from_png)
     known = checked(str(run.from_png), {one.name: said.get(one.name) for one in recorded()})
     if "prompt" not in known:
         raise UserError(f"{run.from_png}: prompt is missing")
@@ -76,13 +96,26 @@ def recalled(run: Run, model: ModelChoice) -> tuple[Run, ModelChoice, dict[str, 
     return run, _recalled_model(model, said, run.from_png), said
 
 
+def _said_by(file: Path) -> dict[str, object]:
+    """What a picture says of itself; of what another program says and we have not, a line is logged."""
+    try:
+        return read_parameters(file)
+    except ValueError:
+        said, unknown = read_foreign(file)
+        if unknown:
+            ignored = ", ".join(f"{name} {value}" for name, value in unknown.items())
+            log.warning("%s: not taken over: %s", file, ignored)
+        return said
+
+
 def _recalled_model(model: ModelChoice, said: Mapping[str, object], file: Path) -> ModelChoice:
-    names = [name for name in ("device", "dtype", "opt") if getattr(model, name) is None]
+    names = [name for name in ("device", "dtype", "opt", "prediction") if getattr(model, name) is None]
     known = {name: said[name] for name in names if isinstance(said.get(name), str)}
     if known.get("dtype") not in (None, *DTYPES):
         raise UserError(f"{file}: there is no dtype {known['dtype']}")
     lora = model.lora if model.lora is not None else loras_again(said.get("loras"), file.parent)
-    return replace(model, **known, lora=lora or None, ema=model.ema or said.get("ema") is True)
+    words = model.embedding if model.embedding is not None else embeddings_again(said.get("embeddings"), file.parent)
+    return replace(model, **known, lora=lora or None, embedding=words or None, ema=model.ema or said.get("ema") is True)
 
 
 def _place_in_batch(said: object) -> tuple[int, int] | None:
@@ -96,21 +129,51 @@ def _place_in_batch(said: object) -> tuple[int, int] | None:
 # ---- the pictures
 
 
-def pictures_of(run: Run) -> list[Picture]:
-    """All the pictures of the run and their files. Raises UserError for all that is wrong without knowing the model."""
+def pictures_of(run: Run) -> Pictures:
+    """The pictures of the run and their files. Raises UserError for all that is wrong without knowing the model."""
     if run.batch_size is not None and run.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {run.batch_size}")
     if bool(run.prompt) == bool(run.prompts_file):
         if (run.save_quantized or run.explain) and not run.prompts_file:
-            return []
+            return Pictures((), DEFAULT)
         raise UserError("say what to draw: --prompt TEXT or --prompts-file FILE, one of them")
+    run.watching.check()
     shared = checked("", run.parameters)
     first_seed = shared.pop("seed", 0 if run.prompts_file else secrets.randbelow(2**32))
     jobs = plan(_entries(run), shared, first_seed)
-    for line in ignored(run.parameters, jobs):
+    for line in ignored(run.parameters, jobs.firsts):
         log.warning("%s", line)
-    files = output_files(run.out, jobs, many=len(jobs) > 1 or run.prompts_file is not None)
-    return list(zip(jobs, files, strict=True))
+    pictures = _named(run, jobs)
+    next(pictures.windows(), None)  # what is wrong with the first names is told now
+    _check_not_over_sources(pictures)
+    return pictures
+
+
+def _named(run: Run, jobs: Plan) -> Pictures:
+    """With files that are the run's own: unless --out names them, of random pictures such as are not there yet."""
+    many = len(jobs) > 1 or run.prompts_file is not None
+    if run.out == STDOUT and many:
+        raise UserError("--out -: standard output takes one picture")
+    out = None if run.out == STDOUT else run.out
+    return named(jobs, out or (DEFAULT if run.overwrite else None), many, run.random_seeds)
+
+
+def _check_not_over_sources(pictures: Pictures) -> None:
+    """That no picture is drawn over one that it, or another, starts from."""
+    files = [one.name for one in recorded() if one.file]
+    sources = {
+        Path(getattr(job, name)).absolute() for job in pictures.jobs.firsts for name in files if getattr(job, name)
+    }
+    if not sources:
+        return
+    for window in pictures.windows():
+        for _, file in window:
+            if file.absolute() in sources or any(_same(file, source) for source in sources):
+                raise UserError(f"--out: {file} is a picture that is drawn from; name another file")
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.exists() and b.exists() and a.samefile(b)
 
 
 def ignored(given: Mapping[str, object], jobs: Sequence[Job]) -> Iterator[str]:
@@ -128,20 +191,17 @@ def _entries(run: Run) -> list[Entry]:
     return [Entry("", checked("", {"prompt": prompt})) for prompt in run.prompt]
 
 
-def not_there_yet(pictures: list[Picture], run: Run, checkpoint: Path, model: ModelChoice) -> list[Picture]:
+def not_there_yet(pictures: list[Picture], run: Run, same: Mapping[str, object], several: bool) -> list[Picture]:
     """Of several pictures, those to draw on a second run. Raises UserError where another picture has the name."""
-    from sd.pictures.png import read_parameters
-
-    if run.overwrite or (len(pictures) == 1 and not run.prompts_file):
+    if run.overwrite or not several:
         return pictures
-    same = {"checkpoint_hash": fingerprint(checkpoint), "loras": model.recorded_loras()}
     return left_to_draw(pictures, read_parameters, same, ignore=["seed"] if run.random_seeds else [])
 
 
-def check_init_images(pictures: Sequence[Picture]) -> None:
+def check_init_images(jobs: Sequence[Job]) -> None:
     """That each, and each mask, is there and can be read; the pixels are read when its turn comes. Raises UserError."""
     files = [one for one in recorded() if one.file]
-    named = {(getattr(job, one.name), one.option): job.where for job, _ in reversed(pictures) for one in files}
+    named = {(getattr(job, one.name), one.option): job.where for job in reversed(jobs) for one in files}
     for (name, option), where in named.items():
         if name:
             from sd.images import check_readable

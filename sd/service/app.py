@@ -13,9 +13,10 @@ import base64
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sd.pipeline import OnStep, StableDiffusion
+    from sd.previews import Previews
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,9 @@ def refusal(status: int, message: str, headers: Mapping[str, str] | None = None)
 # ---- drawing
 
 
-def work_for(pipe: "StableDiffusion", order: Order, facts: Mapping[str, object]) -> Work:
+def work_for(
+    pipe: "StableDiffusion", order: Order, facts: Mapping[str, object], previews: "Callable[[], Previews]"
+) -> Work:
     """What the worker does for an order: it reports every step and every picture, PNG bytes and parameters.
 
     One picture at a time, so that each is what its seed draws alone, and memory is that of one.
@@ -96,7 +100,9 @@ def work_for(pipe: "StableDiffusion", order: Order, facts: Mapping[str, object])
             place = {"picture": number, "pictures": len(order.jobs)}
 
             def on_step(step: int, steps: int, latents: "Tensor", place: Event = place) -> None:
-                report({"event": "step", **place, "step": step, "steps": steps})
+                due = order.preview and step % order.preview == 0
+                seen = {"preview": to_png(previews()(latents)[0], {})} if due else {}
+                report({"event": "step", **place, "step": step, "steps": steps, **seen})
 
             image = draw(pipe, order, job, on_step)
             parameters = {**image.info, **facts}
@@ -111,7 +117,7 @@ def draw(pipe: "StableDiffusion", order: Order, job: Job, on_step: "OnStep") -> 
     """One job of the order, with all that its PNG will say of it in `info`. Raises FailedError when out of memory."""
     pipe.times.clear()
     try:
-        return draw_batch(pipe, [job], order.init_image, order.origin, on_step)[0]
+        return draw_batch(pipe, [job], order.files, [order.origin], on_step)[0]
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -194,6 +200,13 @@ class Service:
         self.worker = Worker(limits.max_queue)
         self.html = page_with_form(PAGE.read_text(encoding="utf-8"), limits, pipe.config)
 
+    @cached_property
+    def _previews(self) -> "Previews":
+        """Fitted in the worker's thread, for the first who asks."""
+        from sd.previews import Previews
+
+        return Previews(self.pipe)
+
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         yield
@@ -205,7 +218,7 @@ class Service:
         body = await read_body(request, self.limits.max_body)
         order = await asyncio.to_thread(read_order, body, self.limits, self.pipe.config)
         self._check_room()
-        task = self.worker.submit(work_for(self.pipe, order, self.facts))
+        task = self.worker.submit(work_for(self.pipe, order, self.facts, lambda: self._previews))
         answer = answer_type(request.headers.get("accept", ""), len(order.jobs))
         if answer == NDJSON:
             return Lines(task)

@@ -9,13 +9,15 @@ import io
 import json
 import secrets
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sd.config import Config
-from sd.pictures.parameters import PARAMETERS, UserError, checked
-from sd.pictures.plan import Entry, Job, plan
+from sd.pictures.loras import refuse
+from sd.pictures.parameters import PARAMETERS, UserError, Whole, checked
+from sd.pictures.plan import Job, plan
+from sd.pictures.prompts_file import Entry
 from sd.service.worker import FailedError
 
 if TYPE_CHECKING:
@@ -66,24 +68,35 @@ def limits_from_env(environ: Mapping[str, str]) -> Limits:
 
 @dataclass(frozen=True)
 class Order:
-    """The pictures of one request. origin: what their PNGs say of the picture that they start from."""
+    """The pictures of one request. files: those that it brings along, by parameter; origin: what PNGs say of them.
 
-    jobs: list[Job]
-    init_image: "Image.Image | None" = None
+    preview: every so many steps, the client sees it as it forms.
+    """
+
+    jobs: Sequence[Job]
+    files: "Mapping[str, Image.Image]" = field(default_factory=dict)
     origin: Mapping[str, object] = field(default_factory=dict)
+    preview: int | None = None
 
 
 def read_order(body: bytes, limits: Limits, config: Config) -> Order:
     """A JSON object of parameters, in bytes -> what to draw. Raises FailedError, 400 or 422, with one line."""
     values = _json_object(body)
-    upload = values.pop("init_image", None)
+    uploads = {one.name: values.pop(one.name, None) for one in PARAMETERS.values() if one.file}
+    uploads = {name: upload for name, upload in uploads.items() if upload is not None}
+    preview = values.pop("preview", None)
     try:
-        if named := [name for name in values if name in PARAMETERS and PARAMETERS[name].file]:
-            raise ValueError(f"{named[0]} names a file of this machine, and cannot be given here")
+        preview = None if preview is None else Whole(1, 1000)("preview", preview)
         given = _checked(values, limits)
         _check_size(given, limits, config)
-        image, origin = (None, {}) if upload is None else _read_upload(upload)
-        return Order(_plan(given, limits), image, origin)
+        jobs = _plan(given | dict.fromkeys(uploads, "upload"), limits)
+        refuse(jobs)
+        read = {name: _read_upload(name, upload) for name, upload in uploads.items()}
+        files = {name: image for name, (image, _) in read.items()}
+        if "outpaint" in given and not {"height", "width"} & set(given):
+            _check_growth(files["init_image"], given["outpaint"], limits)
+        origin = {key: value for _, said in read.values() for key, value in said.items()}
+        return Order(jobs, files, origin, preview)
     except (ValueError, UserError) as error:
         raise FailedError(422, str(error)) from None
 
@@ -101,6 +114,8 @@ def _json_object(body: bytes) -> dict[str, object]:
 def _checked(values: Mapping[str, object], limits: Limits) -> dict[str, object]:
     if named := [name for name in values if name in PARAMETERS and PARAMETERS[name].local]:
         raise ValueError(f"{named[0]} names files of this machine, and cannot be given here")
+    for name, value in values.items():
+        _check_below(name, value, limits)
     given = checked("", values)
     if "prompt" not in given:
         raise ValueError("prompt is missing")
@@ -115,6 +130,14 @@ def _checked(values: Mapping[str, object], limits: Limits) -> dict[str, object]:
     return given
 
 
+def _check_below(name: str, value: object, limits: Limits) -> None:
+    """A whole number under its range is told this server's limits, not those of the command line."""
+    check = PARAMETERS[name].check if name in PARAMETERS else None
+    most = limits.of(name) if isinstance(check, Whole) else None
+    if most is not None and isinstance(value, int | float) and value < check.low:
+        replace(check, high=most, high_text="")(name, value)
+
+
 def _check_size(given: Mapping[str, object], limits: Limits, config: Config) -> None:
     side = config.image_size
     height, width = given.get("height", side), given.get("width", side)
@@ -123,7 +146,13 @@ def _check_size(given: Mapping[str, object], limits: Limits, config: Config) -> 
         raise ValueError(f"hires makes {largest:g} pixels of a side, and at most {limits.max_side} are drawn here")
 
 
-def _plan(given: Mapping[str, object], limits: Limits) -> list[Job]:
+def _check_growth(image: "Image.Image", sides: str, limits: Limits) -> None:
+    left, top, right, bottom = (int(n) for n in sides.split(","))
+    if max(image.width + left + right, image.height + top + bottom) > limits.max_side:
+        raise ValueError(f"outpaint: at most {limits.max_side} pixels of a side are drawn here")
+
+
+def _plan(given: Mapping[str, object], limits: Limits) -> Sequence[Job]:
     return plan([Entry("", given)], defaults_within(limits), first_seed=secrets.randbelow(2**32))
 
 
@@ -133,36 +162,36 @@ def defaults_within(limits: Limits) -> dict[str, object]:
     return {name: value if (most := limits.of(name)) is None else min(value, most) for name, value in numbers.items()}
 
 
-def _read_upload(upload: object) -> "tuple[Image.Image, dict[str, object]]":
+def _read_upload(name: str, upload: object) -> "tuple[Image.Image, dict[str, object]]":
     """A picture file in base64, a data: URL too -> the picture, and what is recorded of it. Raises ValueError."""
     from sd.pictures.provenance import fingerprint
 
     if not isinstance(upload, str):
-        raise ValueError("init_image must be a picture file in base64")
+        raise ValueError(f"{name} must be a picture file in base64")
     try:
         data = base64.b64decode(upload.rpartition("base64,")[2], validate=True)
     except ValueError:
-        raise ValueError("init_image is not base64") from None
-    image = _decode(data)
+        raise ValueError(f"{name} is not base64") from None
+    image = _decode(name, data)
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
-        return image, {"init_image": "upload", "init_image_hash": fingerprint(file.name)}
+        return image, {name: "upload", f"{name}_hash": fingerprint(file.name)}
 
 
-def _decode(data: bytes) -> "Image.Image":
+def _decode(name: str, data: bytes) -> "Image.Image":
     from PIL import Image
 
-    from sd.images import FORMATS, to_rgb
+    from sd.images import FORMATS, upright
 
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception:  # decoders raise whatever they stumble over
-        raise ValueError("init_image cannot be read as a picture") from None
+        raise ValueError(f"{name} cannot be read as a picture") from None
     width, height = image.size
     if width * height > MOST_PIXELS or max(image.size) > MOST_OBLONG * min(image.size):
-        raise ValueError(f"init_image is {width}x{height}: over 4096x4096 pixels, or too oblong")
+        raise ValueError(f"{name} is {width}x{height}: over 4096x4096 pixels, or too oblong")
     try:
-        return to_rgb(image)
+        return upright(image)
     except Exception:
-        raise ValueError("init_image is a damaged picture") from None
+        raise ValueError(f"{name} is a damaged picture") from None

@@ -3,13 +3,16 @@
 import math
 import os
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import ndimage
 
-from bench import common, fidelity, ladder, report, roofline, rungs, speed
+from bench import common, fidelity, gallery, ladder, report, roofline, rungs, speed
+from bench.common import ROOT
 from bench.compilation import Counts
 from bench.reference.numbers import psnr
 from bench.reference.weights import tiny_config
@@ -342,3 +345,20 @@ def test_what_is_printed_is_what_the_readme_explains(monkeypatch):
 
 def test_front():
     assert report.front([(1.0, 0.0), (2.0, 0.5), (1.5, 0.6), (3.0, 0.9)]) == [(1.0, 0.0), (2.0, 0.5), (3.0, 0.9)]
+
+
+# ---- the gallery
+
+
+def test_the_gallery_is_what_its_command_writes(tmp_path, monkeypatch):
+    """All of its text, and one sheet; the others are there."""
+    section = next(one for one in gallery.SECTIONS if one.name == "previews")
+    tiles = [("a", Image.new("RGB", (8, 8), "red")), ("b", Image.new("RGB", (16, 8)))]
+    monkeypatch.setattr(gallery, "SECTIONS", [replace(section, draw=lambda pipe: iter(tiles)), *gallery.SECTIONS[:-1]])
+    assert gallery.main(["previews", "--out", str(tmp_path)]) == 0
+    assert Image.open(tmp_path / "gallery" / "previews.webp").size == (2 * 16 + gallery.GAP, 8 + gallery.LABEL)
+    written = (tmp_path / "gallery.md").read_text()
+    there = (ROOT / "docs" / "gallery.md").read_text()
+    assert sorted(written.splitlines()) == sorted(there.splitlines()), "run python bench/gallery.py"
+    for one in gallery.SECTIONS:
+        assert (ROOT / "docs" / "gallery" / f"{one.name}.webp").is_file()

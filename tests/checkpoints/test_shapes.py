@@ -31,10 +31,6 @@ def test_shapes_tell_the_configuration(changes):
 @pytest.mark.parametrize(
     "config",
     [
-        "",
-        "5",
-        "{}",
-        "[" * 100_000,
         replace(SMALL, text=replace(SMALL.text, layers=1_000_000)).to_json(),
         replace(SMALL, text=replace(SMALL.text, vocab_size=1_000_000)).to_json(),
         replace(SMALL, text=replace(SMALL.text, heads=0)).to_json(),
@@ -50,7 +46,7 @@ def test_shapes_tell_the_configuration(changes):
         replace(SMALL, vae=replace(SMALL.vae, scale_factor=float("nan"))).to_json(),
         SMALL.to_json().replace("vocab_size", "vocabulary"),
     ],
-    ids=range(18),
+    ids=range(14),
 )
 def test_absurd_configurations_fail_fast(tmp_path, tensors, config):
     save_file(tensors, tmp_path / "weights.safetensors", metadata={"config": config})

@@ -83,12 +83,20 @@ def refused(folder, capfd):
         (["--eta", "0.5"], "the sampler ddpm has no eta; it takes no such options"),
         (["--sampler", "lcm", "--steps", "51"], "the lcm schedule has at most 50 steps, not 51"),
         (["--sampler", "dpmpp_2m", "--solver-order", "4"], "solver_order of dpmpp_2m must be from 1 to 3, not 4"),
+        (["--outpaint", "64,0,0,0"], "outpaint says how a picture grows: init_image names that picture"),
+        (["--outpaint", "64"], "outpaint must be pixels to the left, top, right and bottom, as 64,0,64,0, not '64'"),
+        (["--hires", "1"], "hires must be over 1 and at most 4, not 1.0"),
+        (["--hires", "2", "--hires-strength", "0"], "hires_strength must be over 0 and at most 1, not 0.0"),
+        (["--mask", "m.png", "--mask-padding", "-1"], "mask_padding must be from 0 to 4096, not -1"),
+        (["--preview", "0"], "--preview must be at least 1, not 0"),
+        (["--lora-dir", "none"], "--lora-dir: there is no folder none"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--prompt", "\udcff"], "prompt holds characters that are not Unicode text"),
-        (["--out", "nowhere/x.png"], "there is no folder nowhere"),
+        (["--out", "/dev/null/x.png"], "/dev/null is no folder"),
         (["--out", "."], "is a folder"),
-        (["--out", "x.jpg"], "must end in .png"),
-        (["--out", "/dev/null"], "must end in .png"),
+        (["--out", "x.gif"], "must end in one of .png, .jpg"),
+        (["--out", "/dev/null"], "must end in one of .png, .jpg"),
+        (["--out", "-", "--num-images", "2"], "standard output takes one picture"),
         (["--out", "{index.__class__}.png"], "has the field"),
         (["--out", "x" * 300 + ".png"], "longer than 255 bytes"),
         (["--device", "warp"], "--device: 'warp' cannot be used here"),
@@ -267,7 +275,7 @@ def test_pictures_to_draw_again(refused, tiny_checkpoint):
 
 def test_a_picture_of_another_run_stays(refused, folder):
     assert main(["--prompt", "x", "--steps", "1", "--out", "output-1.png"]) == 0
-    line = refused("--prompt", "y", "--num-images", 2, "--steps", 1)
+    line = refused("--prompt", "y", "--num-images", 2, "--steps", 1, "--out", "output.png")
     assert "output-1.png is there and is another picture (its prompt is 'x', not 'y'); --overwrite" in line
 
 
@@ -309,7 +317,7 @@ def test_a_disk_that_fills_up(folder, small_disk, capfd):
     [
         (["--steps", "0"], "steps must be from 1 to 1000"),
         (["--ckpt", "missing.safetensors"], "missing.safetensors"),
-        (["--out", "nowhere/x.png"], "there is no folder nowhere"),
+        (["--out", "/dev/null/x.png"], "/dev/null is no folder"),
     ],
 )
 def test_as_a_process(folder, arguments, message):

@@ -19,6 +19,7 @@ from bench.reference.numbers import pixels
 from bench.reference.weights import tiny_config
 from sd import inference
 from sd.inference import main, parse_arguments
+from sd.pictures.formats import encoded
 from sd.pictures.png import read_parameters, save_png
 from sd.pictures.run import recalled
 from sd.pipeline import StableDiffusion
@@ -99,11 +100,18 @@ def test_the_same_command_writes_the_same_bytes(draw):
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
-def test_a_single_picture_is_always_drawn(draw):
-    draw("--prompt", "x", "--steps", 1, "--seed", 1)
-    draw("--prompt", "y", "--steps", 1)
-    assert names() == ["output.png"]
-    assert read_parameters("output.png")["prompt"] == "y"
+def test_a_picture_is_never_overwritten_unless_somebody_says_so(draw):
+    for prompt in ("x", "y", "z"):
+        draw("--prompt", prompt, "--steps", 1, "--seed", 1)
+    draw("--prompt", "w", "--steps", 1, "--num-images", 2)
+    drawn = {"output.png": "x", "output-1.png": "y", "output-2.png": "z", "output-3.png": "w", "output-4.png": "w"}
+    assert {name: read_parameters(name)["prompt"] for name in names()} == drawn
+    draw("--prompt", "v", "--steps", 1, "--out", "output.png")
+    draw("--prompt", "u", "--steps", 1, "--num-images", 2, "--overwrite")
+    drawn |= {"output.png": "v", "output-1.png": "u", "output-2.png": "u"}
+    assert {name: read_parameters(name)["prompt"] for name in names()} == drawn
+    draw("--prompt", "t", "--steps", 1, "--overwrite")
+    assert read_parameters("output.png")["prompt"] == "t"
 
 
 def test_help_needs_no_torch():
@@ -210,13 +218,21 @@ def test_a_second_run_draws_what_is_missing(draw, calls):
     assert sorted(prompt for batch in calls[1:] for prompt in batch) == ["a", "b", "c"]
 
 
-def test_random_seeds_do_not_stop_a_second_run(draw):
-    draw("--prompt", "x", "--num-images", 2, "--steps", 1)
-    seed = read_parameters("output-1.png")["seed"]
-    Path("output-2.png").unlink()
-    draw("--prompt", "x", "--num-images", 2, "--steps", 1)
-    assert names() == ["output-1.png", "output-2.png"]
-    assert read_parameters("output-1.png")["seed"] == seed
+def test_random_seeds_are_other_pictures_on_a_second_run(draw):
+    for _ in range(2):
+        draw("--prompt", "x", "--num-images", 2, "--steps", 1)
+    assert names() == [f"output-{i}.png" for i in range(1, 5)]
+    assert len({read_parameters(name)["seed"] for name in names()}) == 4
+
+
+def test_random_seeds_do_not_stop_a_second_run_with_names(draw):
+    line = ["--prompt", "x", "--num-images", 2, "--steps", 1, "--out", "a.png"]
+    draw(*line)
+    seed = read_parameters("a-1.png")["seed"]
+    Path("a-2.png").unlink()
+    draw(*line)
+    assert names() == ["a-1.png", "a-2.png"]
+    assert read_parameters("a-1.png")["seed"] == seed
 
 
 @pytest.mark.parametrize(
@@ -283,10 +299,11 @@ def test_many_prompts_killed_midway_and_run_again(draw, shallow_checkpoint, tmp_
     resident = []
 
     def measuring(*args):
-        save_png(*args)
+        data = encoded(*args)
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+        return data
 
-    monkeypatch.setattr("sd.pictures.png.save_png", measuring)
+    monkeypatch.setattr("sd.pictures.saving.encoded", measuring)
     out = draw(*line)
     files = sorted(tmp_path.glob("*.png"))
     assert [read_parameters(file)["prompt"] for file in files] == prompts

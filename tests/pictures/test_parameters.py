@@ -12,8 +12,9 @@ from sd import inference, pipeline, samplers, schedules
 from sd.config import SD15
 from sd.pictures.drawing import draw_batch
 from sd.pictures.parameters import PARAMETERS, Number, Parameter, UserError, check_parameter, defaults
-from sd.pictures.plan import plan, read_prompts
+from sd.pictures.plan import plan
 from sd.pictures.png import read_parameters, save_png
+from sd.pictures.prompts_file import read_prompts
 from sd.pictures.run import pictures_of, recalled
 from sd.request import check_numbers
 from sd.service.app import PAGE
@@ -185,7 +186,7 @@ class Form(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        if tag in ("input", "textarea", "select"):
+        if tag in ("input", "textarea", "select") and "name" in attributes:
             self.last = self.fields[attributes.pop("name")] = attributes
             attributes.pop("required", None)
             attributes.pop("placeholder", None)

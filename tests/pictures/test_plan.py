@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sd.pictures.parameters import PARAMETERS, UserError
-from sd.pictures.plan import Entry, Job, draw_in_batches, groups, plan, read_prompts
+from sd.pictures.plan import Job, draw_in_batches, groups, plan
+from sd.pictures.prompts_file import Entry, read_prompts
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -66,10 +67,10 @@ def test_any_parameter_by_line(tmp_path):
         (2, "a fox", 3, 10),
         (3, "b", 7, 102),
     ]
-    own = ("euler_a", "karras", 0.5, 1.0, None, "a1111", 2, "a.png", 0.5, "m.png", 3.0, True, 32, "64,0,0,0", None, 0.5)
+    own = ("euler_a", "karras", 0.5, 1.0, None, "a1111", 2, False, 0.5, False, 3.0, True, 32, "64,0,0,0", None, 0.5)
     controls = (("n.safetensors:a.png:0.5", "m.safetensors:b.png"), ("canny",))
     assert jobs[0].settings() == (3, 2.0, 64, 128, *own, *controls)
-    others = (None, None, "deis", None, None, None, 2, None, None, None, PARAMETERS["strength"].default, None, 0.0)
+    others = (None, None, "deis", None, None, None, 2, None, None, True, PARAMETERS["strength"].default, True, 0.0)
     assert jobs[2].settings()[2:] == (*others, False, None, None, 2.0, 0.4, None, None)
     assert jobs[2].where == f"{file} line 2"
 

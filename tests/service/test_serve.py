@@ -11,6 +11,7 @@ import os
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import uvicorn
@@ -190,6 +192,17 @@ def test_a_stream_of_progress(client):
     assert opened(png) == events[5]["parameters"]
 
 
+def test_previews_in_the_stream(client):
+    _, _, body = client.draw(NDJSON, steps=4, preview=2)
+    steps = [event for event in map(json.loads, body.splitlines()) if event["event"] == "step"]
+    assert ["preview" in event for event in steps] == [False, True, False, True]
+    for event in steps[1::2]:
+        with Image.open(io.BytesIO(base64.b64decode(event["preview"]))) as image:
+            assert (image.format, image.size) == ("PNG", (8, 8))
+    for wrong in (0, "2", True):
+        assert client.error("POST", "/generate", {"prompt": "x", "preview": wrong})[0] == 422
+
+
 @pytest.mark.parametrize(
     ("accept", "pictures", "answer"),
     [
@@ -222,6 +235,23 @@ def test_from_a_picture_and_again(client, tiny_checkpoint, tmp_path, monkeypatch
     assert Path("again.png").read_bytes() == png
 
 
+def test_with_a_mask(client, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient("L").resize((64, 64)).save("start.png")
+    shape = Image.new("L", (64, 64))
+    shape.paste(255, (0, 0, 32, 64))
+    shape.save("mask.png")
+    files = {f: base64.b64encode(Path(f"{f}.png").read_bytes()).decode() for f in ("start", "mask")}
+    given = {"steps": 3, "seed": 1, "mask_invert": True, "mask_blur": 2}
+    status, _, png = client.draw(init_image=files["start"], mask=files["mask"], **given)
+    assert status == 200
+    assert {"init_image": "upload", "mask": "upload", "mask_invert": True}.items() <= opened(png).items()
+    Path("drawn.png").write_bytes(png)
+    line = ["--from-png", "drawn.png", "--init-image", "start.png", "--mask", "mask.png", "--out", "again.png"]
+    assert inference.main([*line, "--ckpt", str(tiny_checkpoint)]) == 0
+    assert np.array_equal(np.asarray(Image.open("again.png")), np.asarray(Image.open("drawn.png")))
+
+
 # ---- requests that are wrong
 
 
@@ -241,8 +271,9 @@ def picture(width: int, height: int) -> str:
         ({"prompt": "x" * 101}, "prompt must be at most 100 characters, not 101"),
         ({"prompt": "x", "negative_prompt": "x" * 101}, "negative_prompt must be at most 100"),
         ({"prompt": "x", "steps": 21}, "steps must be at most 20 here, not 21"),
-        ({"prompt": "x", "steps": 0}, "steps must be from 1 to 1000"),
-        ({"prompt": "x", "steps": "9"}, "steps must be from 1"),
+        ({"prompt": "x", "steps": 0}, "steps must be from 1 to 20, not 0"),
+        ({"prompt": "x", "steps": -3.0}, "steps must be from 1 to 20, not -3.0"),
+        ({"prompt": "x", "steps": "9"}, "steps must be a whole number"),
         ({"prompt": "x", "height": 192}, "height must be at most 128"),
         ({"prompt": "x", "width": 100}, "not a multiple of 64"),
         ({"prompt": "x", "num_images": 4}, "num_images must be at most 3"),
@@ -250,7 +281,10 @@ def picture(width: int, height: int) -> str:
         ({"prompt": "x", "seed": -1}, "seed must be from 0"),
         ({"prompt": "x", "seed": 2**63 - 1, "num_images": 2}, "seed must be from 0"),
         ({"prompt": "x", "sampler": "magic"}, "there are ddpm, ddim"),
-        ({"prompt": "x", "init_image": "", "mask": "/etc/hostname"}, "mask names a file of this machine"),
+        ({"prompt": "x", "mask": "/etc/hostname"}, "init_image names that picture"),
+        ({"prompt": "x", "init_image": picture(8, 8), "mask": "/etc/hostname"}, "mask is not base64"),
+        ({"prompt": "x", "init_image": picture(8, 8), "outpaint": "4000,0,0,0"}, "outpaint: at most"),
+        ({"prompt": "x", "hires": 4, "width": 64}, "hires makes 256 pixels of a side, and at most"),
         ({"prompt": "x", "strength": 2}, "strength must be over 0"),
         ({"prompt": "x", "step": 3}, "no parameter 'step'"),
         ({"prompt": "x", "init_image": 3}, "in base64"),
@@ -517,3 +551,9 @@ def test_drawing_needs_no_web_framework():
     app = re.compile(r"^(from|import) sd\.service(\.app\b| import .*\bapp\b)", re.MULTILINE)
     assert [name for name, text in files.items() if framework.search(text)] == ["service/app.py"]
     assert [name for name, text in files.items() if app.search(text)] == []
+
+
+def test_small_answers_do_not_wait():
+    """asyncio sends at once where the socket says that it is TCP."""
+    with serve.bind("127.0.0.1", 0) as sock:
+        assert sock.proto == socket.IPPROTO_TCP

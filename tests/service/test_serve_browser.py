@@ -33,6 +33,8 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+SEEN = """window.seen = [];
+document.getElementById("forming").addEventListener("load", (e) => window.seen.push(e.target.naturalWidth));"""
 PHONE = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
 
 pytestmark = [
@@ -100,6 +102,7 @@ def test_a_prompt_becomes_a_picture(driver, demo, tmp_path):
     page = Page(driver, demo)
     assert page.text("model") == "emoji demo on cpu"
     page.set(steps=4, seed=2**53 - 1)
+    driver.execute_script(SEEN)
     page["prompt"].send_keys("a red apple", Keys.ENTER)
     page.wait(lambda: page["bar"].get_property("value") >= 1 or page.pictures())
     page.wait(page.pictures)
@@ -108,6 +111,8 @@ def test_a_prompt_becomes_a_picture(driver, demo, tmp_path):
     assert (image.get_property("naturalWidth"), image.accessible_name) == (128, "a red apple")
     assert not page["state"].is_displayed()
     assert not page["error"].is_displayed()
+    assert not page["forming"].is_displayed()
+    assert driver.execute_script("return window.seen") == [16, 16], "at steps 2 and 4"
     driver.find_element(By.LINK_TEXT, "Download PNG").click()
     file = tmp_path / f"a-red-apple-{2**53 - 1}.png"
     page.wait(file.exists)

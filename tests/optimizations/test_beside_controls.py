@@ -73,8 +73,8 @@ def test_approximate_switches_that_save_nothing_draw_the_plain_picture(make, net
     assert apart(drawn(make(name), net), drawn(make(), net)) <= 1
 
 
-NEAR = {name: (0.0, 1.0) for name in ("deepcache=2", "tgate=3", "guidance-interval=0.0-0.5", "token-merging=0.5")}
-LATE = {name: (0.5, 1.0) for name in ("tgate=3", "guidance-interval=0.0-0.5")}  # where they run half a batch
+NEAR = dict.fromkeys(("deepcache=2", "tgate=3", "guidance-interval=0.0-0.5", "token-merging=0.5"), (0.0, 1.0))
+LATE = dict.fromkeys(("tgate=3", "guidance-interval=0.0-0.5"), (0.5, 1.0))  # where they run half a batch
 
 
 @pytest.mark.parametrize(("name", "part"), [*NEAR.items(), *LATE.items()])

@@ -1,0 +1,76 @@
+"""Files of learned words (textual inversion), however they are laid out.
+
+    AUTOMATIC1111   a pickle: string_to_param {"*": [n, C]}, name; the first code's string_to_param is a ParameterDict
+    diffusers       {word: [C] or [n, C]}, as .bin or .safetensors; trainers of our day write emb_params, or clip_l
+
+What a file holds is used or named.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sd.checkpoints.errors import CheckpointError, StrPath, naming, some
+from sd.checkpoints.files import open_content
+
+OTHERS = {1024: "Stable Diffusion 2", 1280: "Stable Diffusion XL", 2048: "Stable Diffusion XL"}
+UNNAMED = ("emb_params", "clip_l", "*")
+"""Keys that say nothing of the word: then it is called as the file is."""
+
+
+def read_embeddings(path: StrPath, width: int) -> dict[str, Tensor]:
+    """The words of a file and their vectors, [n, width] in fp32. Runs nothing that is in it.
+
+    Raises CheckpointError if it is no such file, is damaged, holds other than finite numbers, or is for another family.
+    """
+    with naming(path):
+        found = _words(open_content(Path(path)), Path(path).stem)
+        if not found:
+            raise CheckpointError("holds no learned word (textual inversion)")
+        return {word: vectors_of(word, tensor, width) for word, tensor in found.items()}
+
+
+def _words(content: object, name: str) -> dict[str, Tensor]:
+    if not isinstance(content, Mapping):
+        return {}
+    inner = content.get("string_to_param")
+    if inner is not None:
+        tensors = list(_tensors(getattr(inner, "state", inner)))
+        return {name: torch.cat([rows(t) for t in tensors])} if tensors else {}
+    if "clip_g" in content:
+        raise CheckpointError("a word for Stable Diffusion XL (clip_g); one for Stable Diffusion 1.x is needed")
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if many := [key for key in tensors if "." in str(key)]:
+        raise CheckpointError(f"holds weights of a model, no learned word: {some(many)}")
+    return {name if key in UNNAMED else str(key): tensor for key, tensor in tensors.items()}
+
+
+def _tensors(content: object):
+    """Those in dicts in dicts: a ParameterDict keeps its own among its attributes."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _tensors(value)
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """One vector, or several, as [n, C]."""
+    return tensor.detach().unsqueeze(0) if tensor.ndim == 1 else tensor.detach()
+
+
+def vectors_of(word: str, tensor: Tensor, width: int) -> Tensor:
+    """A word's vectors, checked: [n, width] in fp32. Raises CheckpointError."""
+    found = rows(tensor)
+    if found.ndim != 2 or not found.is_floating_point() or found.layout != torch.strided or not len(found):
+        raise CheckpointError(f"{word} is {tuple(tensor.shape)} of {tensor.dtype}, no vectors")
+    if found.shape[1] != width:
+        family = OTHERS.get(found.shape[1])
+        hint = f": it is for {family}" if family and width == 768 else ""
+        raise CheckpointError(f"{word} has vectors of {found.shape[1]}, and this model's are of {width}{hint}")
+    found = found.float().clone()
+    if not found.isfinite().all():
+        raise CheckpointError(f"{word} holds NaN or infinite numbers")
+    return found
