@@ -12,6 +12,7 @@ from bench.reference.numbers import noise, pixels, relative_error
 from bench.reference.oracles import ddim_scheduler, diffusers_controlnet, diffusers_pipeline
 from bench.reference.weights import TINY, random_controlnet
 from sd.controlnet import Control, ControlNet
+from sd.edits import region_around
 from sd.noise import PictureNoise
 from sd.pipeline import StableDiffusion
 from tests.weights import tiny_pipeline
@@ -128,6 +129,18 @@ def test_where_pictures_draw_regions_of_their_own_each_sees_that_of_the_hint(pip
         for prompt, seed, image, mask in zip(("a fox", "a dog"), (1, 2), images, masks, strict=True)
     ]
     assert np.abs(both - pixels(alone)).max() <= 1
+    region = region_around(masks[0], 8, DRAW["height"], 64)
+    for hint in (picture(6, (128, 128)), control[0].picture.copy()):
+        same = hint == control[0].picture
+        other = picture(7, (128, 128))
+        other.paste(hint.crop(region), region)
+        drawn = pipe.generate(
+            "a fox",
+            **{**asked, "seed": 1, "control": [Control(control[0].name, other)]},
+            init_image=images[0],
+            mask=masks[0],
+        )
+        assert (np.abs(pixels(drawn[0]) - both[0]).max() <= 1) == same, "only what lies in the region counts"
 
 
 def test_a_control_that_was_not_added_or_says_nothing_is_refused(pipe, files):
