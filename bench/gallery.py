@@ -28,7 +28,7 @@ Tile = tuple[str, Image.Image]
 
 FOX = "a blue fox on a yellow background"
 SEED = 3
-DISTILLED = ("lcm", "tcd")
+OWN_SCHEDULE = ("plms", "lcm", "tcd")
 LABEL, GAP, ACROSS = 16, 6, 8
 
 
@@ -53,8 +53,8 @@ def fast(pipe: StableDiffusion, prompt: str = FOX, **options: object) -> Image.I
 
 def samplers(steps: int) -> Callable[[StableDiffusion], Iterator[Tile]]:
     def tiles(pipe: StableDiffusion) -> Iterator[Tile]:
-        for name in (name for name in SAMPLERS if name not in DISTILLED):
-            schedule = None if name == "plms" else "karras"
+        for name in SAMPLERS:
+            schedule = None if name in OWN_SCHEDULE else "karras"
             yield name, pipe.generate(FOX, sampler=name, schedule=schedule, steps=steps, seed=SEED)[0]
 
     return tiles
@@ -119,7 +119,8 @@ SECTIONS = (
         "samplers-10",
         "Samplers, 10 steps",
         '`--prompt "a blue fox on a yellow background" --seed 3 --schedule karras --steps 10 --sampler ...` '
-        "([docs/samplers.md](samplers.md)); plms on its own schedule. lcm and tcd are for distilled models.",
+        "([docs/samplers.md](samplers.md)); plms, lcm and tcd on their own schedules; the latter two are made for "
+        "distilled models, which this one is not.",
         samplers(10),
     ),
     Section("samplers-20", "Samplers, 20 steps", "The same with `--steps 20`.", samplers(20)),

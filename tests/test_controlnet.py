@@ -12,6 +12,7 @@ from bench.reference.numbers import noise, pixels, relative_error
 from bench.reference.oracles import ddim_scheduler, diffusers_controlnet, diffusers_pipeline
 from bench.reference.weights import TINY, random_controlnet
 from sd.controlnet import Control, ControlNet
+from sd.edits import region_around
 from sd.noise import PictureNoise
 from sd.pipeline import StableDiffusion
 from tests.weights import tiny_pipeline
@@ -113,3 +114,43 @@ def test_pictures_are_those_of_diffusers(pipe, nets, files, numbers):
     other = [Control(one.name, picture(9), *n) for one, n in zip(control, numbers, strict=True)]
     assert np.abs(pixels(pipe.generate("a red fox", **DRAW, control=other)) - drawn).max() > 3, "it sees its picture"
     assert np.array_equal(pixels(pipe.generate("a red fox", **DRAW)), plain)
+
+
+def test_where_pictures_draw_regions_of_their_own_each_sees_that_of_the_hint(pipe, files):
+    """Two pictures in a batch are those that are drawn alone; and a hint is cropped as the picture is."""
+    images, masks = [picture(3, (128, 128))] * 2, [Image.new("L", (128, 128)) for _ in range(2)]
+    for mask, box in zip(masks, ((0, 0, 40, 40), (70, 80, 120, 120)), strict=True):
+        mask.paste(255, box)
+    control = [Control(pipe.add_control(files[0]), picture(5, (128, 128)))]
+    asked = {**DRAW, "width": 64, "mask_padding": 8, "control": control}
+    both = pixels(pipe.generate(["a fox", "a dog"], **{**asked, "seed": [1, 2]}, init_image=images, mask=masks))
+    alone = [
+        pipe.generate(prompt, **{**asked, "seed": seed}, init_image=image, mask=mask)[0]
+        for prompt, seed, image, mask in zip(("a fox", "a dog"), (1, 2), images, masks, strict=True)
+    ]
+    assert np.abs(both - pixels(alone)).max() <= 1
+    region = region_around(masks[0], 8, DRAW["height"], 64)
+    for hint in (picture(6, (128, 128)), control[0].picture.copy()):
+        same = hint == control[0].picture
+        other = picture(7, (128, 128))
+        other.paste(hint.crop(region), region)
+        drawn = pipe.generate(
+            "a fox",
+            **{**asked, "seed": 1, "control": [Control(control[0].name, other)]},
+            init_image=images[0],
+            mask=masks[0],
+        )
+        assert (np.abs(pixels(drawn[0]) - both[0]).max() <= 1) == same, "only what lies in the region counts"
+
+
+def test_a_control_that_was_not_added_or_says_nothing_is_refused(pipe, files):
+    name = pipe.add_control(files[0])
+    for control, words in [
+        (Control("other", picture()), "no ControlNet 'other' was added; there are edges"),
+        (Control(name, picture(), weight=float("nan")), "weight must be from -1000 to 1000, not nan"),
+        (Control(name, picture(), start=0.5, end=0.5), "between two fractions of the steps"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            pipe.generate("a red fox", **DRAW, control=[control])
+    with pytest.raises(ValueError, match="2 control_preprocess for 1 controls"):
+        pipe.generate("a", **DRAW, control=[Control(name, picture())], control_preprocess=["none", "invert"])
