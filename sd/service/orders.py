@@ -7,12 +7,12 @@ others pay for what it draws. Neither torch nor a web framework is imported.
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sd.config import Config
 from sd.pictures.loras import refuse
-from sd.pictures.parameters import PARAMETERS, UserError, Whole, checked, shown
+from sd.pictures.parameters import PARAMETERS, Number, UserError, Whole, checked, shown
 from sd.pictures.plan import Job, plan
 from sd.pictures.prompts_file import Entry
 from sd.service.uploads import Upload, read_upload
@@ -121,10 +121,10 @@ def _check_limit(name: str, value: object, limits: Limits) -> None:
     if isinstance(value, str) and len(value) > most:
         raise ValueError(f"{name} must be at most {most} characters, not {len(value)}")
     check = PARAMETERS[name].check
-    if not isinstance(value, int | float) or not isinstance(check, Whole):
+    if not isinstance(value, int | float) or not isinstance(check, Whole | Number):
         return
     if value < check.low:
-        replace(check, high=min(most, check.high), high_text="")(name, value)
+        raise ValueError(f"{name} must be from {check.low} to {min(most, check.high)}, not {shown(value)}")
     if value > most:
         raise ValueError(f"{name} must be at most {most} here, not {shown(value)}")
 

@@ -163,7 +163,8 @@ def test_a_new_parameter_is_checked_and_limited_by_the_service(wobble):
         return read_order(json.dumps({"prompt": "x", "wobble": value}).encode(), Limits(max_num_images=1), SD15)
 
     assert order(1).jobs[0].wobble == 1.0
-    for value, words in [(3, "wobble must be from 0 to 2, not 3"), (1.5, "wobble must be at most 1 here, not 1.5")]:
+    wrong = [(-1, "wobble must be from 0 to 1, not -1"), (3, "at most 1 here, not 3"), (1.5, "at most 1 here, not 1.5")]
+    for value, words in wrong:
         with pytest.raises(FailedError, match=words):
             order(value)
 
