@@ -416,7 +416,7 @@ def draw_prompt(pictures: Sequence[Picture], function: modal.Function, ckpt: str
     """Draw them in one container and write them."""
     job, _ = pictures[0]
     values = {**job.values, "num_images": len(pictures)}
-    said = (one for one in portable() if one.beside is None or values[one.beside] is not None)
+    said = (one for one in portable() if one.says_something(values))
     asked = {one.option: values[one.name] for one in (parameters.PARAMETERS["prompt"], *said)}
     flags = [f"{option}={value}" for option, value in {**asked, "--opt": opt}.items() if value is not None]
     pngs, error = function.remote(ckpt, flags)

@@ -125,6 +125,15 @@ def edit(
     return Edit(image, mask, region, blur)
 
 
+def edit_pairs(
+    images: Sequence[Image.Image], masks: Sequence[Image.Image]
+) -> list[tuple[Image.Image, Image.Image | None]]:
+    """Each picture with its mask; one of either serves all of the other."""
+    count = max(len(images), len(masks))
+    each = [list(column) * count if len(column) == 1 else column or [None] * count for column in (images, masks)]
+    return list(zip(*each, strict=True))
+
+
 # ---- more around a picture
 
 
@@ -151,6 +160,7 @@ def outpainting(
     more: tuple[int, int, int, int],
     room: tuple[int, int] | None,
     mask: Image.Image | None = None,
+    invert: bool = False,
     blur: float = 0.0,
 ) -> Edit:
     """A picture that grows to the sides; what is new continues its edge pixels, until it is drawn.
@@ -166,6 +176,7 @@ def outpainting(
     canvas = np.pad(np.asarray(image), ((top, bottom), (left, right), (0, 0)), mode="edge")
     whole = Image.new("L", (width, height), 255)
     old = Image.new("L", image.size) if mask is None else mask_of(mask, image.height, image.width)
+    old = ImageChops.invert(old) if mask is not None and invert else old
     whole.paste(old, (left, top))
     for box in _borders((left, top, left + image.width, top + image.height), more, math.ceil(2 * blur)):
         whole.paste(255, box)

@@ -45,7 +45,8 @@ def size_of_file(path: str | os.PathLike) -> tuple[int, int] | None:
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
-            return (height, width) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
+            exif = Image.Image.getexif(image)  # a PNG's own would decode its pixels to look behind them
+            return (height, width) if exif.get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
     except Exception:  # decoders raise whatever they stumble over
         return None
 

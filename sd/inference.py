@@ -9,7 +9,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -36,7 +36,7 @@ from sd.pictures.controls import check_controls, load_controls  # noqa: E402
 from sd.pictures.files import DEFAULT, NAME_FIELDS, Pictures  # noqa: E402
 from sd.pictures.model import ModelChoice, add_model_options, add_speed_options  # noqa: E402
 from sd.pictures.parameters import PARAMETERS, OneLineParser, UserError  # noqa: E402
-from sd.pictures.plan import Picture  # noqa: E402
+from sd.pictures.plan import Job, Picture  # noqa: E402
 from sd.pictures.run import Run, check_init_images, not_there_yet, pictures_of, recalled  # noqa: E402
 from sd.pictures.saving import STDOUT  # noqa: E402
 from sd.pictures.streams import steady  # noqa: E402
@@ -139,27 +139,15 @@ def run(asked: Run, model: ModelChoice) -> None:
     """Read, check, load, draw, save. Raises UserError for what the caller got wrong."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sd").setLevel(logging.INFO)
-    if asked.version:
-        print(version())
-        return
-    if asked.inspect:
-        from sd.inspection import inspect
-
-        print(inspect(asked.inspect))
-        return
-    if asked.list_opts or asked.list_samplers:
-        print("\n\n".join(_listings(asked)))
+    if told := "\n\n".join(_answers(asked)):
+        print(told)
         return
     out = sys.stderr if asked.out == STDOUT else sys.stdout
     watch = drawing.Stopwatch()
     asked, model, recorded = recalled(asked, model) if asked.from_png else (asked, model, {})
     pictures = pictures_of(asked)
     jobs = pictures.jobs.firsts if pictures else ()
-    check_init_images(jobs)
-    check_controls(jobs)
-    loras.check(jobs, model.lora_dir)
-    loras.check_again(jobs, recorded, model.lora_dir)
-    model.check_files()
+    check_files(jobs, model, recorded)
     with watch("import"):
         import sd.pipeline  # noqa: F401
     checkpoint = model.checkpoint(recorded)
@@ -185,6 +173,15 @@ def run(asked: Run, model: ModelChoice) -> None:
         raise UserError(failed[0])
     if failed:
         raise SomeFailedError(failed)
+
+
+def check_files(jobs: Sequence[Job], model: ModelChoice, recorded: Mapping[str, object]) -> None:
+    """All that is named, before anything is loaded. recorded: what --from-png says. Raises UserError or ValueError."""
+    check_init_images(jobs)
+    check_controls(jobs)
+    loras.check(jobs, model.lora_dir)
+    loras.check_again(jobs, recorded, model.lora_dir)
+    model.check_files()
 
 
 def left_of(
@@ -226,7 +223,14 @@ def version() -> str:
     return importlib.metadata.version("sd")
 
 
-def _listings(asked: Run) -> Iterator[str]:
+def _answers(asked: Run) -> Iterator[str]:
+    """To what is asked for in place of pictures."""
+    if asked.version:
+        yield version()
+    if asked.inspect:
+        from sd.inspection import inspect
+
+        yield inspect(asked.inspect)
     if asked.list_opts:
         from sd import optimizations
 

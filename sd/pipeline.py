@@ -21,7 +21,7 @@ from sd.config import Config
 from sd.controlnet import Control
 from sd.controls import ControlNets
 from sd.ddpm import predict_x0
-from sd.edits import Edit, edit, larger_size, outpainted_size, outpainting, same_shape, sides
+from sd.edits import Edit, edit, edit_pairs, larger_size, outpainted_size, outpainting, same_shape, sides
 from sd.embeddings import Words
 from sd.guidance import Call, Conditions, Guided, from_velocity
 from sd.images import to_pil
@@ -442,12 +442,14 @@ class StableDiffusion:
     ) -> tuple[list[Edit], int, int]:
         """What is drawn over, one for each picture or for all, and the size to draw at."""
         images, masks = pictures(image, count, "init_image"), pictures(mask, count, "mask")
-        if not images and (masks or outpaint):
-            raise ValueError(
-                "a mask says which part of a picture is drawn anew: give init_image too"
-                if masks
-                else "outpaint says how a picture grows: give init_image too"
-            )
+        if masks and not images:
+            raise ValueError("a mask says which part of a picture is drawn anew: give init_image too")
+        if outpaint and not images:
+            raise ValueError("outpaint says how a picture grows: give init_image too")
+        if outpaint and padding is not None:
+            raise ValueError("mask_padding draws a part of a picture, and outpaint what is around it: give one of them")
+        if outpaint and len({one.size for one in images}) > 1:
+            raise ValueError("pictures that grow together must be of one size")
         side, multiple = self.config.image_size, self.config.size_multiple
         natural = (side, side)
         if images and outpaint:
@@ -457,9 +459,9 @@ class StableDiffusion:
         room = natural if height is None and width is None else None
         height, width = (b if a is None else a for a, b in zip((height, width), natural, strict=True))
         self.config.check_size(height, width)
-        pairs = zip(images, masks * len(images) if len(masks) == 1 else masks or [None] * len(images), strict=True)
+        pairs = edit_pairs(images, masks)
         if outpaint:
-            return [outpainting(i, sides(outpaint), room, m, blur) for i, m in pairs], height, width
+            return [outpainting(i, sides(outpaint), room, m, invert, blur) for i, m in pairs], height, width
         return [edit(i, height, width, m, invert, blur, padding) for i, m in pairs], height, width
 
     def _draw(

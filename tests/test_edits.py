@@ -207,6 +207,30 @@ def test_a_picture_grows(pipe, more):
     assert np.array_equal(pixels(ours), pixels(by_hand)[:height, :width])
 
 
+def test_a_picture_grows_and_a_part_of_it_is_drawn_anew(pipe):
+    small, hole = picture(40, 48), mask(40, 48, (8, 8, 20, 20))
+    shared = {"steps": 2, "seed": 5, "init_image": small, "outpaint": (24, 0, 0, 0)}
+    (ours,) = pipe.generate(PROMPT, mask=hole, **shared)
+    (inverted,) = pipe.generate(PROMPT, mask=ImageOps.invert(hole), mask_invert=True, **shared)
+    assert np.array_equal(np.asarray(ours), np.asarray(inverted))
+    kept = (np.asarray(ours)[:, 24:] == np.asarray(small)).all(-1)
+    assert kept[~white(hole)[..., 0]].all()
+    assert kept[white(hole)[..., 0]].mean() < 0.1
+    with pytest.raises(ValueError, match="mask_padding draws a part of a picture, and outpaint what is around it"):
+        pipe.generate(PROMPT, mask=hole, mask_padding=4, **shared)
+    with pytest.raises(ValueError, match="pictures that grow together must be of one size"):
+        pipe.generate([PROMPT] * 2, **{**shared, "init_image": [small, picture(48, 48)]})
+
+
+def test_one_picture_under_several_masks(pipe):
+    masks = [mask(), mask(box=(0, 0, 31, 63))]
+    draw = {"steps": 3, "height": SIDE, "width": SIDE, "init_image": picture()}
+    both = pipe.generate(PROMPT, seed=[1, 2], mask=masks, **draw)
+    for i, shown in enumerate(masks):
+        (alone,) = pipe.generate(PROMPT, seed=i + 1, mask=shown, **draw)
+        assert np.abs(pixels(both[i]) - pixels(alone)).max() <= 1
+
+
 def test_a_larger_picture_against_diffusers():
     pipe = tiny_pipeline(image_size=2 * SIDE)  # none is coded in tiles
     (ours,) = pipe.generate(PROMPT, "blurry", 10, 7.5, 9, SIDE, SIDE, sampler="ddim", hires=2, hires_strength=0.6)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sd.images import from_pil, read_rgb, to_pil, to_rgb
+from sd.images import from_pil, read_rgb, size_of_file, to_pil, to_rgb
 
 
 def test_bytes_are_rounded_and_clamped():
@@ -182,3 +182,16 @@ def outcome(path: Path) -> str:
         return read_rgb(path).mode
     except ValueError as error:
         return str(error).split(" (")[0]
+
+
+def test_a_size_is_read_from_the_head_alone(tmp_path):
+    """Of a file whose pixels are cut off, too."""
+    image = Image.effect_noise((64, 32), 50)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "b.jpg", exif=turned)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:400])
+    assert size_of_file(tmp_path / "a.png") == (64, 32)
+    assert size_of_file(tmp_path / "b.jpg") == (32, 64)
+    assert size_of_file(tmp_path / "none.png") is None

@@ -1,16 +1,19 @@
 """Models that predict v, beside diffusers; how a file says so, and how a person does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
 from bench.reference.numbers import pixels, relative_error
-from bench.reference.oracles import SCHEDULE, diffusers_pipeline
+from bench.reference.oracles import SCHEDULE
 from sd import inference, optimizations
 from sd.pictures.png import read_parameters
 from sd.pipeline import StableDiffusion
 from tests.optimizations.stand_in import install
+from tests.test_pictures_by_sampler import by_diffusers
 from tests.test_pipeline import NEGATIVE, PROMPTS, SMALL, detailed, differ
 from tests.weights import random_models, shallow_pipeline
 
@@ -25,20 +28,10 @@ def checkpoint(tmp_path_factory):
 
 
 def test_a_picture_against_diffusers():
-    from dataclasses import replace
-
     pipe = StableDiffusion(replace(SMALL, prediction="v"), *random_models(SMALL, seed=3))
     (ours,) = pipe.generate(PROMPTS[0], NEGATIVE, 20, 7.5, 11, 32, 48, "ddim")
     scheduler = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, prediction_type="v_prediction")
-    theirs = diffusers_pipeline(pipe, scheduler)(
-        PROMPTS[0],
-        negative_prompt=NEGATIVE,
-        height=32,
-        width=48,
-        num_inference_steps=20,
-        guidance_scale=7.5,
-        generator=torch.Generator().manual_seed(11),
-    ).images[0]
+    theirs = by_diffusers(pipe, scheduler)
     assert detailed(ours)
     assert differ(ours, theirs) <= 1
 

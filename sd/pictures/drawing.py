@@ -316,9 +316,8 @@ class Progress:
 MOST_AT_ONCE = {"cpu": 1, "cuda": 8, "mps": 4}
 """Pictures at once, beyond which too little is gained for what waiting costs: the first is there with the last.
 
-Four in a batch over four alone, medians of paired runs: on two cores of a CPU 1.31x at 128x128 (demo model; 1.23x
-without optimizations), 1.13x at 256x256 (SD 1.5's shapes); eight on an H100 at 512x512 1.38x. So a CPU draws one by
-one, and --batch-size 4 says otherwise.
+Four alone over four in a batch, two cores of a CPU at 128x128: about 1.3x (bench/asides.py batches); eight over eight
+on an H100 at 512x512: 1.38x (README, the ladder). So a CPU draws one by one, and --batch-size 4 says otherwise.
 """
 
 CGROUPS = "/sys/fs/cgroup"

@@ -29,12 +29,13 @@ WINDOW = 1000
 class Pictures:
     """The jobs of a run with the file of each: the pattern with its fields filled in, as `out/{index:04}-{seed}.png`.
 
-    after: number that is added to each index.
+    after: number that is added to each index. sources: files that pictures are drawn from, over which none is drawn.
     """
 
     jobs: Sequence[Job]
     pattern: str
     after: int = 0
+    sources: frozenset[Path] = frozenset()
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -43,11 +44,15 @@ class Pictures:
         return (picture for window in self.windows() for picture in window)
 
     def windows(self) -> Iterator[list[Picture]]:
-        """Some at a time. Raises UserError where a file cannot be written, or is that of another job too."""
+        """Some at a time. Raises UserError where a file cannot be written, or is a source, or another job's too."""
         taken: dict[Path, int] = {}
+        sources = {identity(source) for source in self.sources}
         for start in range(0, len(self.jobs), WINDOW):
             jobs = [self.jobs[place] for place in range(start, min(start + WINDOW, len(self.jobs)))]
-            yield list(zip(jobs, _files(self.pattern, jobs, self.after, taken), strict=True))
+            files = _files(self.pattern, jobs, self.after, taken)
+            if over := next((file for file in files if sources and identity(file) in sources), None):
+                raise UserError(f"--out: {over} is a picture that is drawn from; name another file")
+            yield list(zip(jobs, files, strict=True))
 
 
 def named(jobs: Sequence[Job], out: str | None, many: bool, random: bool) -> Pictures:
@@ -79,6 +84,15 @@ def _files(pattern: str, jobs: Sequence[Job], after: int, taken: dict[Path, int]
             raise UserError(f"--out: pictures {taken[file]} and {job.index} would both be {file}; add {{index}}")
         taken[file] = job.index
     return files
+
+
+def identity(path: Path) -> object:
+    """Of two paths to one file the same, links too."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path.absolute()
+    return found.st_dev, found.st_ino
 
 
 def free_name(path: Path) -> Path:

@@ -203,7 +203,7 @@ class Parameter:
     recorded: a picture's PNG says it. What does not say how one picture looks, is not.
     file: it names a file of this machine; the service takes the file's bytes.
     local: it names files of this machine, and nobody elsewhere can give it.
-    beside: another parameter, without which this one says nothing.
+    beside: other parameters; without any of them this one says nothing.
     short: its one-letter option.
     """
 
@@ -219,7 +219,7 @@ class Parameter:
     recorded: bool = True
     file: bool = False
     local: bool = False
-    beside: str | None = None
+    beside: tuple[str, ...] = ()
     short: str | None = None
 
     @property
@@ -229,7 +229,12 @@ class Parameter:
     @property
     def portable(self) -> bool:
         """Whether it says the same on another machine, where this one's files are not."""
-        return not (self.file or self.local) and (self.beside is None or PARAMETERS[self.beside].portable)
+        beside = [PARAMETERS[name].portable for name in self.beside]
+        return not (self.file or self.local) and (not beside or any(beside))
+
+    def says_something(self, values: Mapping[str, object]) -> bool:
+        """Whether one of those that it stands beside is given."""
+        return not self.beside or any(values[name] is not None for name in self.beside)
 
     def described(self) -> str:
         """`help` with the numbers put in."""
@@ -281,18 +286,22 @@ _ROWS = (
         Number(0, 1, over=True),
         "share of --init-image redrawn, {low} to {high} ({default})",
         0.8,
-        beside="init_image",
+        beside=("init_image",),
     ),
     Parameter("mask", Text(), "of --init-image, white where it is drawn anew", metavar="FILE", file=True),
     Parameter(
-        "mask_blur", Number(0, 1000), "pixels over which it goes over to what stays ({default})", 0.0, beside="mask"
+        "mask_blur",
+        Number(0, 1000),
+        "pixels over which it goes over to what stays ({default})",
+        0.0,
+        beside=("mask", "outpaint"),
     ),
-    Parameter("mask_invert", Switch(), "black in --mask is drawn anew", False, beside="mask"),
+    Parameter("mask_invert", Switch(), "black in --mask is drawn anew", False, beside=("mask",)),
     Parameter(
         "mask_padding",
         Whole(0, 2**12),
         "draw only what --mask shows, at full size, with so many pixels around it (all of the picture)",
-        beside="mask",
+        beside=("mask",),
         metavar="PIXELS",
     ),
     Parameter(
@@ -300,7 +309,7 @@ _ROWS = (
         Sides(),
         "pixels by which --init-image grows to each side",
         metavar="LEFT,TOP,RIGHT,BOTTOM",
-        beside="init_image",
+        beside=("init_image",),
     ),
     Parameter(
         "hires", Number(1, 4, over=True), "then enlarge the picture so many times, and draw over it", metavar="TIMES"
@@ -310,7 +319,7 @@ _ROWS = (
         Number(0, 1, over=True),
         "share of the enlarged picture redrawn ({default})",
         0.5,
-        beside="hires",
+        beside=("hires",),
     ),
     Parameter(
         "control",
@@ -326,7 +335,7 @@ _ROWS = (
         "make what it sees of the picture of --control: none, canny (edges; needs OpenCV), invert (black on white); "
         "once for all, or for each (none)",
         metavar="NAME",
-        beside="control",
+        beside=("control",),
     ),
     Parameter(
         "num_images",
@@ -417,6 +426,10 @@ def check_together(where: str, values: Mapping[str, object]) -> None:
             raise ValueError("outpaint says how a picture grows: init_image names that picture")
         if values.get("hires") and (values.get("mask") or values.get("outpaint")):
             raise ValueError("hires draws all of a picture again: it cannot be given with mask or outpaint")
+        if values.get("mask_padding") is not None and values.get("outpaint"):
+            raise ValueError(
+                "mask_padding draws a part of the picture, and outpaint what is around it: give one of them"
+            )
         samplers.choose(values["sampler"], {name: values.get(name) for name in samplers.OPTIONS})
         schedules.check(samplers.schedule_of(values["sampler"], values.get("schedule")), values["steps"])
         syntax = values.get("prompt_syntax") or "weights"

@@ -41,7 +41,7 @@ class Job:
 
     def parameters(self) -> dict[str, object]:
         """What its PNG will say of it, as far as it is known before drawing."""
-        said = (one.name for one in recorded() if one.beside is None or self.values[one.beside] is not None)
+        said = (one.name for one in recorded() if one.says_something(self.values))
         given = {name: self.values[name] for name in said if self.values[name] is not None}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}  # as JSON
 

@@ -99,5 +99,9 @@ def _parameters(where: str, values: object) -> dict[str, object]:
 
 def _beside(path: Path, entry: Entry) -> Entry:
     """Files that it names, from the folder of the prompts file."""
-    files = {name: str(path.parent / value) for name, value in entry.parameters.items() if PARAMETERS[name].file}
+    given = entry.parameters
+    files = {name: str(path.parent / value) for name, value in given.items() if PARAMETERS[name].file}
+    if "control" in given and path.parent != Path():
+        pairs = (text.partition(":") for text in given["control"])
+        files["control"] = tuple(f"{path.parent / net}:{path.parent / shown}" for net, _, shown in pairs)
     return Entry(entry.where, {**entry.parameters, **files})

@@ -2,11 +2,13 @@
 
 import logging
 import secrets
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sd.pictures.controls import controls_again
+from sd.pictures.controls import controls_again, read_control
 from sd.pictures.files import DEFAULT, Pictures, left_to_draw, named
 from sd.pictures.formats import read_foreign, read_parameters
 from sd.pictures.model import DTYPES, ModelChoice
@@ -145,7 +147,6 @@ def pictures_of(run: Run) -> Pictures:
         log.warning("%s", line)
     pictures = _named(run, jobs)
     next(pictures.windows(), None)  # what is wrong with the first names is told now
-    _check_not_over_sources(pictures)
     return pictures
 
 
@@ -154,33 +155,29 @@ def _named(run: Run, jobs: Plan) -> Pictures:
     many = len(jobs) > 1 or run.prompts_file is not None
     if run.out == STDOUT and many:
         raise UserError("--out -: standard output takes one picture")
+    if run.out == STDOUT and sys.stdout.isatty():
+        raise UserError("--out -: standard output is a terminal; redirect it to a file or a program")
     out = None if run.out == STDOUT else run.out
-    return named(jobs, out or (DEFAULT if run.overwrite else None), many, run.random_seeds)
+    pictures = named(jobs, out or (DEFAULT if run.overwrite else None), many, run.random_seeds)
+    return replace(pictures, sources=_sources(jobs.firsts))
 
 
-def _check_not_over_sources(pictures: Pictures) -> None:
-    """That no picture is drawn over one that it, or another, starts from."""
+def _sources(jobs: Sequence[Job]) -> frozenset[Path]:
+    """What pictures are drawn from."""
     files = [one.name for one in recorded() if one.file]
-    sources = {
-        Path(getattr(job, name)).absolute() for job in pictures.jobs.firsts for name in files if getattr(job, name)
-    }
-    if not sources:
-        return
-    for window in pictures.windows():
-        for _, file in window:
-            if file.absolute() in sources or any(_same(file, source) for source in sources):
-                raise UserError(f"--out: {file} is a picture that is drawn from; name another file")
-
-
-def _same(a: Path, b: Path) -> bool:
-    return a.exists() and b.exists() and a.samefile(b)
+    named = {Path(getattr(job, name)) for job in jobs for name in files if getattr(job, name)}
+    for text in (text for job in jobs for text in job.control or ()):
+        with suppress(ValueError):  # which check_controls tells, with its line
+            named.add(read_control(text).picture)
+    return frozenset(named)
 
 
 def ignored(given: Mapping[str, object], jobs: Sequence[Job]) -> Iterator[str]:
     """Of what was given for all pictures, what changes none of them, and why."""
     for one in (PARAMETERS[name] for name, value in given.items() if value is not None):
-        if one.beside and all(getattr(job, one.beside) is None for job in jobs):
-            yield f"{one.option} changes nothing without {PARAMETERS[one.beside].option}"
+        if not any(one.says_something(job.values) for job in jobs):
+            others = " or ".join(PARAMETERS[name].option for name in one.beside)
+            yield f"{one.option} changes nothing without {others}"
     if given.get("negative_prompt") and all(job.cfg_scale == 1 for job in jobs):
         yield "--negative-prompt changes nothing where --cfg-scale is 1"
 

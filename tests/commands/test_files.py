@@ -91,6 +91,21 @@ def test_a_picture_is_not_drawn_over_what_it_is_drawn_from(folder, option, capfd
     assert Path(given[option]).read_bytes() == before
 
 
+def test_a_picture_is_not_drawn_over_that_of_a_control(folder, capfd):
+    Path("net.safetensors").write_bytes(b"")
+    picture("edges.png")
+    assert draw("--prompt", "x", "--control", "net.safetensors:edges.png:0.5", "--out", "edges.png") == 2
+    assert "edges.png is a picture that is drawn from" in capfd.readouterr().err
+
+
+def test_a_blur_beside_outpaint_is_not_said_to_change_nothing(folder, caplog):
+    line = ("--prompt", "x", "--init-image", picture("a.png"), "--mask-blur", "2", "--out", "b.png")
+    assert draw(*line, "--outpaint", "16,0,0,0") == 0
+    assert "changes nothing" not in caplog.text
+    assert draw(*line) == 0
+    assert "--mask-blur changes nothing without --mask or --outpaint" in caplog.text
+
+
 def test_two_programs_that_choose_the_same_name(folder, monkeypatch):
     """Another one has written output.png since this one looked."""
     generate = StableDiffusion.generate
@@ -177,6 +192,9 @@ def test_files_that_a_prompts_file_names_are_beside_it(folder, monkeypatch):
     Path("there/p.jsonl").write_text('{"prompt": "a", "init_image": "start.png"}')
     assert draw("--prompts-file", "there/p.jsonl", "--out", "a.png") == 0
     assert read_parameters("a-1.png")["init_image"] == "there/start.png"
+    Path("there/q.jsonl").write_text('{"prompt": "a", "control": ["n.safetensors:e.png:0.5", "/m.pth:e.png"]}')
+    (entry,) = read_prompts("there/q.jsonl")
+    assert entry.parameters["control"] == ("there/n.safetensors:there/e.png:0.5", "/m.pth:there/e.png")
 
 
 def test_one_damaged_picture_does_not_stop_the_others(folder, capfd):
@@ -218,7 +236,8 @@ def test_pictures_that_start_from_several_are_one_batch(folder, monkeypatch):
 
 def test_a_million_pictures_begin_at_once(folder):
     started = time.perf_counter()
-    pictures = pictures_of(Run(prompt=["x"], parameters={"num_images": 10**6, "seed": 5}, out="out/{index:07}.png"))
+    given = {"num_images": 10**6, "seed": 5, "init_image": picture("a.png")}
+    pictures = pictures_of(Run(prompt=["x"], parameters=given, out="out/{index:07}.png"))
     window = next(pictures.windows())
     assert time.perf_counter() - started < 2
     assert len(pictures) == 10**6

@@ -140,7 +140,7 @@ def test_a_seed_of_minus_one_is_random(draw):
     ("arguments", "line"),
     [
         (["--strength", 0.5], "--strength changes nothing without --init-image"),
-        (["--mask-blur", 2], "--mask-blur changes nothing without --mask"),
+        (["--mask-blur", 2], "--mask-blur changes nothing without --mask or --outpaint"),
         (["--cfg-scale", 1, "-n", "blurry"], "--negative-prompt changes nothing where --cfg-scale is 1"),
         (["-n", "blurry"], None),
     ],

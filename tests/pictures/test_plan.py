@@ -52,14 +52,13 @@ def test_any_parameter_by_line(tmp_path):
         "mask": "m.png",
         "mask_blur": 3,
         "mask_invert": True,
-        "mask_padding": 32,
         "outpaint": "64,0,0,0",
         "control": ["n.safetensors:a.png:0.5", "m.safetensors:b.png"],
         "control_preprocess": "canny",
         "num_images": 2,
     }
     other = {"prompt": "b", "steps": None, "hires": 2, "hires_strength": 0.4, "sampler": "deis", "solver_order": 2}
-    assert {*line, *other} == set(PARAMETERS)  # which do not all go together
+    assert {*line, *other, "mask_padding"} == set(PARAMETERS)  # which do not all go together
     file = write(tmp_path / "p.jsonl", f"{json.dumps(line)}\n{json.dumps(other)}\n")
     jobs = plan(read_prompts(file), {"steps": 7}, first_seed=100)
     assert [(j.index, j.prompt, j.steps, j.seed) for j in jobs] == [
@@ -67,8 +66,10 @@ def test_any_parameter_by_line(tmp_path):
         (2, "a fox", 3, 10),
         (3, "b", 7, 102),
     ]
-    own = ("euler_a", "karras", 0.5, 1.0, None, "a1111", 2, False, 0.5, False, 3.0, True, 32, "64,0,0,0", None, 0.5)
-    controls = (("n.safetensors:a.png:0.5", "m.safetensors:b.png"), ("canny",))
+    own = ("euler_a", "karras", 0.5, 1.0, None, "a1111", 2, False, 0.5, False, 3.0, True, None, "64,0,0,0", None, 0.5)
+    here = tmp_path  # the folder of the file that names them
+    nets = (f"{here}/n.safetensors:{here}/a.png:0.5", f"{here}/m.safetensors:{here}/b.png")
+    controls = (nets, ("canny",))
     assert jobs[0].settings() == (3, 2.0, 64, 128, *own, *controls)
     others = (None, None, "deis", None, None, None, 2, None, None, True, PARAMETERS["strength"].default, True, 0.0)
     assert jobs[2].settings()[2:] == (*others, False, None, None, 2.0, 0.4, None, None)
