@@ -35,10 +35,10 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width: int, act: nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
-        self.act = QuickGELU()
+        self.act = act
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,12 +46,12 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, cfg: TextConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(width)
-        self.self_attn = SelfAttention(width, heads)
-        self.layer_norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.layer_norm1 = nn.LayerNorm(cfg.width)
+        self.self_attn = SelfAttention(cfg.width, cfg.heads)
+        self.layer_norm2 = nn.LayerNorm(cfg.width)
+        self.mlp = MLP(cfg.width, nn.GELU() if cfg.openclip else QuickGELU())
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -76,7 +76,7 @@ class Embeddings(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, cfg: TextConfig):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(cfg.width, cfg.heads) for _ in range(cfg.layers))
+        self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.layers))
 
     def forward(self, x: Tensor, skip: int = 0) -> Tensor:
         for layer in self.layers[: len(self.layers) - skip]:
@@ -85,7 +85,7 @@ class Encoder(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The text encoder. Attention is causal and sees the padding: SD 1.x was trained without a padding mask."""
+    """The text encoder. Attention is causal and sees the padding: SD was trained without a padding mask."""
 
     def __init__(self, cfg: TextConfig):
         super().__init__()

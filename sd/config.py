@@ -10,13 +10,18 @@ from dataclasses import asdict, dataclass, field, fields
 
 @dataclass(frozen=True)
 class TextConfig:
-    """CLIP's text encoder (Radford et al. 2021, ViT-L/14)."""
+    """CLIP's text encoder (Radford et al. 2021, ViT-L/14).
+
+    openclip: SD 2's instead (ViT-H/14 of OpenCLIP), which has the exact GELU, and padding of zeros. `layers` are those
+    that are used: SD 2 was trained without the last of 24.
+    """
 
     vocab_size: int = 49408
     width: int = 768
     layers: int = 12
     heads: int = 12
     max_length: int = 77
+    openclip: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class UNetConfig:
 
     `channel_mult` has one entry a level: level i is `model_channels * channel_mult[i]` wide and works on the latents
     halved i times. `attention_levels` says which of them carry spatial transformers; the middle block always does.
+    There are `num_heads` at every level, or, where head_channels is not 0, as many as have so many channels each
+    (SD 2). linear_projections: in a file the transformers' 1x1 convolutions are matrices (SD 2).
     """
 
     in_channels: int = 4
@@ -34,14 +41,20 @@ class UNetConfig:
     num_res_blocks: int = 2
     attention_levels: tuple[int, ...] = (0, 1, 2)
     num_heads: int = 8
+    head_channels: int = 0
     transformer_depth: int = 1
     context_dim: int = 768
     norm_groups: int = 32
+    linear_projections: bool = False
 
     @property
     def inpaints(self) -> bool:
         """Whether it takes a mask and the latents of what stays after the noisy ones: 4 + 1 + 4 channels for 4."""
         return self.in_channels == 2 * self.out_channels + 1
+
+    def heads(self, channels: int) -> int:
+        """Of an attention at a level of so many channels."""
+        return channels // self.head_channels if self.head_channels else self.num_heads
 
     @property
     def downsampling(self) -> int:

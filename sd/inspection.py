@@ -15,12 +15,21 @@ from torch import Tensor
 
 from sd.checkpoints.embedding import read_embeddings
 from sd.checkpoints.errors import CheckpointError, naming, some
-from sd.checkpoints.files import Opened, open_checkpoint
-from sd.checkpoints.layouts import PREFIXES, TOKEN_IDS, has_three_parts, refuse_other_families, unusual
-from sd.checkpoints.lora import WIDTHS, family_of_lora, lora_groups, triggers
+from sd.checkpoints.files import Opened
+from sd.checkpoints.layouts import (
+    BY_TEXT_WIDTH,
+    PREFIXES,
+    TOKEN_IDS,
+    has_three_parts,
+    refuse_other_families,
+    unusual,
+)
+from sd.checkpoints.lora import family_of_lora, lora_groups, triggers
 from sd.checkpoints.shapes import config_of
-from sd.config import SD15
+from sd.checkpoints.whole import open_model
 from sd.models import build
+
+OURS = ("Stable Diffusion 1.x", "Stable Diffusion 2.x")
 
 Lines = Iterator[tuple[str, str]]
 """A name and what is said under it."""
@@ -32,7 +41,7 @@ def inspect(path: str | os.PathLike) -> str:
     Raises CheckpointError, in one line, for what is no file of weights at all, or is damaged.
     """
     with naming(path):
-        opened = open_checkpoint(Path(path))
+        opened = open_model(Path(path))
         told = next(filter(None, (look(opened, str(path)) for look in _LOOKS)), None)
         lines = list(told or _other(opened, str(path)))
     width = max(len(name) for name, _ in lines)
@@ -89,8 +98,14 @@ def _of_lora(grouped: Mapping[str, dict[str, Tensor]], unknown: Sequence[str], o
     if said := triggers(opened.metadata):
         yield "triggers", ", ".join(said)
     yield "left over", some(name for name in unknown if name not in words) or "nothing"
-    ours = family == "Stable Diffusion 1.x"
-    yield "use", f"--lora {path} or --lora {path}:0.8" if ours else f"not here: it is for {family}"
+    yield "use", _beside(family, f"--lora {path} or --lora {path}:0.8")
+
+
+def _beside(family: str, use: str) -> str:
+    """How to use what changes a model, or that its family is none of ours."""
+    if family not in OURS:
+        return f"not here: it is for {family}"
+    return use if family == OURS[0] else f"{use}, beside a --ckpt of {family}"
 
 
 def _lora_kind(own: Mapping[str, Tensor]) -> str:
@@ -106,7 +121,7 @@ def _lora_width(grouped: Mapping[str, dict[str, Tensor]]) -> str | None:
     inner = (
         own["down"].shape[1] for name, own in grouped.items() if re.search(r"attn2.to_[kv]$", name) and "down" in own
     )
-    return next((WIDTHS[width] for width in inner if width in WIDTHS), None)
+    return next((BY_TEXT_WIDTH[width] for width in inner if width in BY_TEXT_WIDTH), None)
 
 
 _HINT = re.compile(r"(control_model\.)?input_hint_block\.0\.weight|controlnet_cond_embedding\.conv_in\.weight")
@@ -119,12 +134,12 @@ def _control(opened: Opened, path: str) -> Lines | None:
 def _of_control(opened: Opened, path: str) -> Lines:
     layout = "diffusers'" if any(name.startswith("controlnet_") for name in opened.tensors) else "the original"
     text = next((t.shape[1] for name, t in opened.tensors.items() if name.endswith("attn2.to_k.weight")), 768)
-    family = WIDTHS.get(text, "Stable Diffusion 1.x")
+    family = BY_TEXT_WIDTH.get(text, OURS[0])
     yield "kind", f"a ControlNet for {family}, {layout} layout"
     if "difference" in opened.tensors:
         yield "weights", "differences to those of Stable Diffusion 1.5"
     yield from _numbers(opened.tensors)
-    yield "use", f"--control {path}:PICTURE" if text == 768 else f"not here: it is for {family}"
+    yield "use", _beside(family, f"--control {path}:PICTURE")
 
 
 def _taesd(opened: Opened, path: str) -> Lines | None:
@@ -143,19 +158,22 @@ def _quantized(opened: Opened, path: str) -> Lines | None:
 
 
 def _embedding(opened: Opened, path: str) -> Lines | None:
-    try:
-        words = read_embeddings(path, SD15.text.width)
-    except CheckpointError as error:
-        # One for another width is told by the error, without the path that comes before it.
-        wide = "vectors of" in str(error) or "clip_g" in str(error)
-        return iter((("kind", "learned words"), ("use", f"not here: {str(error)[len(path) + 2 :]}"))) if wide else None
-    return _of_words(words, path)
+    for width in _WORD_WIDTHS:
+        try:
+            return _of_words(read_embeddings(path, width), BY_TEXT_WIDTH[width], path)
+        except CheckpointError as error:
+            # One for another width is told by the error, without the path that comes before it.
+            said, wide = str(error)[len(path) + 2 :], "vectors of" in str(error) or "clip_g" in str(error)
+    return iter((("kind", "learned words"), ("use", f"not here: {said}"))) if wide else None
 
 
-def _of_words(words: Mapping[str, Tensor], path: str) -> Lines:
-    yield "kind", "learned words (textual inversion) for Stable Diffusion 1.x"
+_WORD_WIDTHS = (1024, 768)
+
+
+def _of_words(words: Mapping[str, Tensor], family: str, path: str) -> Lines:
+    yield "kind", f"learned words (textual inversion) for {family}"
     yield "words", ", ".join(f"{word} ({len(vectors)} vectors)" for word, vectors in words.items())
-    yield "use", f"--embedding {path}, then the word in a prompt"
+    yield "use", _beside(family, f"--embedding {path}, then the word in a prompt")
 
 
 def _other(opened: Opened, path: str) -> Lines:

@@ -7,7 +7,7 @@ are converted tensor by tensor. Module names are the checkpoint's names after th
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from sd.checkpoints.controlnet import DIFFERENCE, names_in
 from sd.checkpoints.errors import CheckpointError, StrPath, damaged, naming, some
-from sd.checkpoints.files import Opened, open_checkpoint, written
+from sd.checkpoints.files import Opened, written
 from sd.checkpoints.layouts import PREFIXES, TOKEN_IDS, TOKEN_TABLE, ema_name, unusual
 from sd.checkpoints.mapped import drop_pages
 from sd.checkpoints.saving import save
 from sd.checkpoints.shapes import config_of
+from sd.checkpoints.vae_files import open_vae, vae_file
+from sd.checkpoints.whole import open_controlnet, open_model
 from sd.clip import CLIP
 from sd.config import Config, UNetConfig
 from sd.controlnet import ControlNet
@@ -32,7 +34,9 @@ __all__ = ["CheckpointError", "Source", "load", "load_controlnet", "read_state_d
 
 log = logging.getLogger(__name__)
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *_FP8)
+_SCALES = (".scale_weight", ".weight_scale", ".scale_input")
 _LARGEST_TABLE = 1 << 30  # bytes that a compact token table may expand to; SD 1.5's in fp32 is 0.15 GB
 
 Wanted = dict[str, tuple[str, torch.Size]]
@@ -47,31 +51,74 @@ class Source:
     ema: bool
     dtype: torch.dtype
     written: tuple[int, ...]
+    vae: Path | None = None
 
     @classmethod
-    def of(cls, path: StrPath, ema: bool, dtype: torch.dtype) -> "Source":
-        """Of a file that is there. The path is made absolute, but links stay: an index names files beside itself."""
-        path = Path(path).absolute()
-        return cls(path, ema, dtype, written(path))
+    def of(cls, path: StrPath, ema: bool, dtype: torch.dtype, vae: StrPath | None = None) -> "Source":
+        """Of files that are there. Paths are made absolute, but links stay: an index names files beside itself."""
+        path, vae = Path(path).absolute(), vae and Path(vae).absolute()
+        return cls(path, ema, dtype, _written(path, vae), vae)
+
+
+def _written(path: Path, vae: Path | None) -> tuple[int, ...]:
+    return written(path) + (written(vae_file(vae)) if vae else ())
 
 
 def load(
-    path: StrPath, *, ema: bool = False, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: StrPath,
+    *,
+    ema: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prediction: str | None = None,
+    vae: StrPath | None = None,
 ) -> tuple[Config, CLIP, UNet, VAE]:
-    """Build the models that a checkpoint describes and fill them: in eval mode, without gradients.
+    """Build the models that a checkpoint, or a folder of diffusers', describes and fill them.
+
+    They are in eval mode, without gradients.
 
     ema: take the UNet from the averaged weights `model_ema.*` that training checkpoints carry beside the others.
     dtype: with the file's own type on the CPU, the parameters are the mapped file (copy on write: changing one does not
         change the file). Otherwise each tensor is converted by itself and its pages of the file are let go.
+    prediction: "eps" or "v", in place of what the file says, or a guess.
+    vae: a file or folder to take the autoencoder from, in place of the checkpoint's.
 
-    Raises CheckpointError if the file is not a whole Stable Diffusion 1.x checkpoint of finite numbers.
+    Raises CheckpointError if the file is not a whole Stable Diffusion 1.x or 2.x checkpoint of finite numbers.
+    """
+    config, states = read(path, ema=ema, device=device, dtype=dtype, prediction=prediction, vae=vae)
+    models = build(config)
+    for model, state in zip(models, states.values(), strict=True):
+        model.load_state_dict(state, strict=True, assign=True)
+        model.eval().requires_grad_(False)
+    return config, *models
+
+
+def read(
+    path: StrPath,
+    *,
+    ema: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    prediction: str | None = None,
+    vae: StrPath | None = None,
+) -> tuple[Config, dict[str, dict[str, Tensor]]]:
+    """The tensors of "clip", "unet" and "vae", checked, as `load` puts them into models.
+
+    dtype None: as they are stored, but fp8 as fp16.
     """
     with naming(path):
-        opened = open_checkpoint(Path(path))
-        config = config_of(opened)
-        models = _build_checked(config)
-        _fill(models, opened, ema, torch.device(device), dtype)
-    return config, *models
+        opened = open_model(Path(path))
+        config = config_of(opened, prediction)
+        models = dict(zip(PREFIXES, _build_checked(config), strict=True))
+        others = {"vae": vae} if vae else {}
+        states = _states({part: m for part, m in models.items() if part not in others}, opened, ema, device, dtype)
+    if vae:
+        with naming(vae):
+            own = open_vae(Path(vae), models["vae"], config.vae.scale_factor)
+            wanted = _wanted("vae", models["vae"], ema=False)
+            _check(own, wanted.values())
+            states["vae"] = _state(own, wanted, torch.device(device), dtype)
+    return config, states
 
 
 @dataclass(frozen=True)
@@ -85,7 +132,7 @@ class Stored:
 def stored(path: StrPath) -> Stored:
     """Looks at the file without loading it. Raises CheckpointError as `load` does, but not for what it holds."""
     with naming(path):
-        tensors = open_checkpoint(Path(path)).tensors
+        tensors = open_model(Path(path)).tensors
         unet = [tensor for name, tensor in tensors.items() if name.startswith(PREFIXES["unet"])]
         if not unet:
             raise CheckpointError("holds no UNet")
@@ -99,7 +146,7 @@ def read_state_dict(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
     Names are the original layout's, also in files that leave out `text_model.`. Raises CheckpointError.
     """
     with naming(path):
-        opened = open_checkpoint(Path(path))
+        opened = open_model(Path(path))
     return opened.tensors, opened.metadata
 
 
@@ -112,11 +159,12 @@ def read_weights(
 
     Raises CheckpointError as `load` does, and if the file has changed since.
     """
-    with naming(source.path):
-        opened = open_checkpoint(source.path)
-        if written(source.path) != source.written:
-            raise CheckpointError("has changed since it was loaded; load it again")
+    separate = source.vae if part == "vae" else None
+    with naming(separate or source.path):
         model = dict(zip(PREFIXES, _build_checked(config), strict=True))[part]
+        opened = open_vae(separate, model, config.vae.scale_factor) if separate else open_model(source.path)
+        if _written(source.path, source.vae) != source.written:
+            raise CheckpointError("has changed since it was loaded; load it again")
         every = _wanted(part, model, source.ema)
         wanted = {name: every[name] for name in names}
         _check(opened, wanted.values())
@@ -137,7 +185,7 @@ def load_controlnet(
     Raises CheckpointError if the file is none for this UNet, or holds other than finite numbers.
     """
     with naming(path):
-        opened = open_checkpoint(Path(path))
+        opened = open_controlnet(Path(path))
         with torch.device("meta"):
             net = ControlNet(config)
         names = names_in(opened.tensors, net)
@@ -166,17 +214,23 @@ def _build_checked(config: Config) -> tuple[CLIP, UNet, VAE]:
         return build(config)
 
 
-def _fill(models: Sequence[nn.Module], opened: Opened, ema: bool, device: torch.device, dtype: torch.dtype) -> None:
-    """Load the file's tensors into models on the meta device. Nothing is converted before all names and shapes fit."""
+def _states(
+    models: Mapping[str, nn.Module], opened: Opened, ema: bool, device: str | torch.device, dtype: torch.dtype | None
+) -> dict[str, dict[str, Tensor]]:
+    """The file's tensors for models on the meta device. Nothing is converted before all names and shapes fit."""
     if ema and not any(name.startswith("model_ema.") for name in opened.tensors):
         raise CheckpointError("has no EMA weights (model_ema.*); load it without EMA")
-    wanted = [_wanted(part, model, ema) for part, model in zip(PREFIXES, models, strict=True)]
-    used = [pair for names in wanted for pair in names.values()]
+    wanted = {part: _wanted(part, model, ema) for part, model in models.items()}
+    used = [pair for names in wanted.values() for pair in names.values()]
     _check(opened, used)
-    for model, names in zip(models, wanted, strict=True):
-        model.load_state_dict(_state(opened, names, device, dtype), strict=True, assign=True)
-        model.eval().requires_grad_(False)
-    leftovers = opened.tensors.keys() - dict(used).keys() - {TOKEN_IDS}
+    states = {part: _state(opened, names, torch.device(device), dtype) for part, names in wanted.items()}
+    absent = tuple(prefix for part, prefix in PREFIXES.items() if part not in models)
+    left = opened.tensors.keys() - dict(used).keys() - {TOKEN_IDS}
+    _tell_leftovers({name for name in left if not name.startswith(absent)})
+    return states
+
+
+def _tell_leftovers(leftovers: set[str]) -> None:
     log.debug("ignored %d other tensors: %s", len(leftovers), ", ".join(sorted(leftovers)))
     if "ztsnr" in leftovers:
         log.warning("trained down to noise alone (zero terminal SNR): draw with --schedule ztsnr")
@@ -195,9 +249,11 @@ def _check(opened: Opened, used: Iterable[tuple[str, torch.Size]]) -> None:
     shapes = dict(used)
     _check_shapes(opened.tensors, shapes)
     _check_storage(opened, shapes)
+    if scales := [name for name in opened.tensors if name == "scaled_fp8" or name.endswith(_SCALES)]:
+        raise CheckpointError(f"its weights are fp8 with scales beside them ({some(scales)}); plain fp8 is read")
 
 
-def _state(opened: Opened, wanted: Wanted, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _state(opened: Opened, wanted: Wanted, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
     return {name: _parameter(opened, stored, shape, device, dtype) for name, (stored, shape) in wanted.items()}
 
 
@@ -220,17 +276,22 @@ def _check_storage(opened: Opened, wanted: Iterable[str]) -> None:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise CheckpointError(f"{name} is not a plain tensor")
         if tensor.dtype not in _FLOATS:
-            raise CheckpointError(f"{name} holds {tensor.dtype}, not fp16, bf16, fp32 or fp64")
+            raise CheckpointError(f"{name} holds {tensor.dtype}, not fp8, fp16, bf16, fp32 or fp64")
     if (claimed := sum(tensor.nbytes for tensor in tensors.values())) > opened.size:
         raise CheckpointError(f"claims {claimed} bytes of weights in a file of {opened.size}")
 
 
-def _parameter(opened: Opened, stored: str, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _parameter(
+    opened: Opened, stored: str, shape: torch.Size, device: torch.device, dtype: torch.dtype | None
+) -> Tensor:
     tensor = opened.tensors[stored]
+    if tensor.dtype in _FP8:
+        tensor = tensor.to(torch.float16)  # which holds all of its numbers
+    dtype = dtype or tensor.dtype
     _check_finite(stored, tensor, dtype)
     converted = tensor.to(device, dtype).contiguous()
     if opened.mapped:  # what is used of it comes back from the system's cache
-        drop_pages(tensor)
+        drop_pages(opened.tensors[stored])
     if converted.shape != shape:
         return _expanded(converted, opened.tensors[TOKEN_IDS], shape)
     return converted

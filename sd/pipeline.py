@@ -100,7 +100,7 @@ class StableDiffusion:
         self.clip = clip
         self.unet = unet
         self.vae = vae
-        self.tokenizer = tokenizer or Tokenizer()
+        self.tokenizer = tokenizer or Tokenizer(pad=0 if config.text.openclip else None)
         self.source = source
         weight = next(unet.parameters())
         self.device = weight.device
@@ -122,11 +122,13 @@ class StableDiffusion:
         dtype: torch.dtype | None = None,
         ema: bool = False,
         prediction: str | None = None,
+        vae: str | os.PathLike | None = None,
     ) -> "StableDiffusion":
-        """Load a checkpoint in the original layout, .safetensors or .ckpt; `find_checkpoint` names the default.
+        """Load a checkpoint of Stable Diffusion 1.x or 2.x; `find_checkpoint` names the default.
 
-        dtype defaults to fp16 on CUDA and fp32 elsewhere. prediction: "eps" or "v", where the file does not say what
-        its UNet was trained for. Raises FileNotFoundError or model_loader.CheckpointError.
+        .safetensors or .ckpt in the original layout, or a folder as diffusers writes it. dtype defaults to fp16 on CUDA
+        and fp32 elsewhere. prediction: "eps" or "v", where the file does not say what its UNet was trained for. vae: a
+        file or folder that holds the autoencoder to use. Raises FileNotFoundError or model_loader.CheckpointError.
         """
         device = torch.device(device) if device is not None else default_device()
         asked_for, dtype = dtype is not None, dtype or (torch.float16 if device.type == "cuda" else torch.float32)
@@ -134,9 +136,10 @@ class StableDiffusion:
         if path == DEMO_CHECKPOINT:
             log.info(DEMO_NOTICE)
         with torch.inference_mode(False):  # so that what is written to the weights can be noticed
-            config, clip, unet, vae = model_loader.load(path, ema=ema, device=device, dtype=dtype)
-        config = replace(config, prediction=prediction or config.prediction)
-        pipe = cls(config, clip, unet, vae, source=model_loader.Source.of(path, ema, dtype))
+            config, *models = model_loader.load(
+                path, ema=ema, device=device, dtype=dtype, prediction=prediction, vae=vae
+            )
+        pipe = cls(config, *models, source=model_loader.Source.of(path, ema, dtype, vae))
         pipe.dtype_is_asked_for = asked_for
         pipe.note_loaded()
         return pipe

@@ -193,8 +193,8 @@ def tokenize(
             if len(chunks[-1]) + len(group) > most:
                 chunks.append(_carried(chunks[-1], comma))
             chunks[-1] += [(token, weight) for token in group]
-    start, end = tokenizer.start_id, tokenizer.end_id
-    ids = [[start, *(token for token, _ in chunk), *[end] * (most + 1 - len(chunk))] for chunk in chunks]
+    start, end, pad = tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id
+    ids = [[start, *(token for token, _ in chunk), end, *[pad] * (most - len(chunk))] for chunk in chunks]
     weights = [[1.0, *(weight for _, weight in chunk), *[1.0] * (most + 1 - len(chunk))] for chunk in chunks]
     return Tokens(ids, weights)
 
@@ -218,7 +218,7 @@ def _carried(full: list[tuple[int, float]], comma: int) -> list[tuple[int, float
 def padded(prompts: Sequence[Tokens], tokenizer: Tokenizer) -> list[Tokens]:
     """All with as many chunks as the longest: empty ones at the end."""
     most, length = max(len(one.ids) for one in prompts), len(prompts[0].ids[0])
-    empty = [tokenizer.start_id, *[tokenizer.end_id] * (length - 1)]
+    empty = [tokenizer.start_id, tokenizer.end_id, *[tokenizer.pad_id] * (length - 2)]
     missing = [most - len(one.ids) for one in prompts]
     return [
         Tokens(one.ids + [empty] * count, one.weights + [[1.0] * length] * count)

@@ -34,6 +34,7 @@ class Tokenizer:
     Args:
         vocab: JSON object, token -> id; default data/vocab.json.
         merges: merges, one a line, most frequent first; default data/merges.txt.
+        pad: the id that follows the end id in what is shorter than the batch; default the end id.
 
     `on_cut(tokens, length, text)` is told of a prompt that has more tokens than the model reads, with the text of those
     that are left out; at first that is a warning in the log.
@@ -43,10 +44,11 @@ class Tokenizer:
         ValueError: they do not hold a vocabulary and its merges.
     """
 
-    def __init__(self, vocab: Path | None = None, merges: Path | None = None) -> None:
+    def __init__(self, vocab: Path | None = None, merges: Path | None = None, pad: int | None = None) -> None:
         self._pipeline = build_pipeline(read_bpe(vocab or DATA / "vocab.json", merges or DATA / "merges.txt"))
         self.start_id: int = self._pipeline.token_to_id(START)
         self.end_id: int = self._pipeline.token_to_id(END)
+        self.pad_id: int = self.end_id if pad is None else pad
         self.on_cut: Callable[[int, int, str], None] = warn_of_cut
 
     def encode(self, text: str) -> list[int]:
@@ -74,7 +76,7 @@ class Tokenizer:
     def __call__(self, prompts: str | Sequence[str], length: int = 77) -> torch.LongTensor:
         """Ids of a batch, [B, length] int64; one prompt is a batch of one.
 
-        A short prompt is padded with end ids. A long one keeps its first `length - 1` ids and the end id, and what was
+        A short prompt is padded with `pad_id`. A long one keeps its first `length - 1` ids and the end id, and what was
         cut is logged as a warning.
 
         Raises:
@@ -91,7 +93,7 @@ class Tokenizer:
     def fit(self, ids: list[int], length: int) -> list[int]:
         """Pad or cut `ids`, which end in the end id, to `length`; `on_cut` is told of what was cut."""
         if len(ids) <= length:
-            return ids + [self.end_id] * (length - len(ids))
+            return ids + [self.pad_id] * (length - len(ids))
         self.on_cut(len(ids), length, self.decode(ids[length - 1 :]))
         return [*ids[: length - 1], self.end_id]
 

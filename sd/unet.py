@@ -99,8 +99,9 @@ class SpatialTransformer(nn.Module):
         # 1e-6 here and 1e-5 in the residual blocks: both are the original's.
         self.norm = nn.GroupNorm(cfg.norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
+        heads = cfg.heads(channels)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(channels, cfg.context_dim, cfg.num_heads) for _ in range(cfg.transformer_depth)
+            BasicTransformerBlock(channels, cfg.context_dim, heads) for _ in range(cfg.transformer_depth)
         )
         self.proj_out = nn.Conv2d(channels, channels, 1)
 

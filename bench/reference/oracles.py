@@ -56,12 +56,17 @@ def diffusers_unet(unet: UNet, cfg: UNetConfig) -> UNet2DConditionModel:
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "cross_attention_dim": cfg.context_dim,
-        "attention_head_dim": cfg.num_heads,  # misnamed: the number of heads in SD 1's configurations
+        # misnamed: the number of heads, at all levels or at each
+        "attention_head_dim": [cfg.heads(cfg.model_channels * mult) for mult in cfg.channel_mult],
         "norm_num_groups": cfg.norm_groups,
         "sample_size": 64,
         "transformer_layers_per_block": cfg.transformer_depth,
+        "use_linear_projection": cfg.linear_projections,
     }
     weights = {PREFIXES["unet"] + name: weight for name, weight in unet.state_dict().items()}
+    if cfg.linear_projections:
+        matrices = [name for name in weights if ".proj_" in name and name.endswith("weight")]
+        weights |= {name: weights[name][:, :, 0, 0] for name in matrices}
     with torch.device("meta"):
         oracle = UNet2DConditionModel(**config)
     oracle.load_state_dict(convert_ldm_unet_checkpoint(weights, config), strict=True, assign=True)
@@ -118,7 +123,7 @@ def transformers_clip(clip: CLIP, cfg: TextConfig) -> CLIPTextModel:
         num_hidden_layers=cfg.layers,
         num_attention_heads=cfg.heads,
         max_position_embeddings=cfg.max_length,
-        hidden_act="quick_gelu",
+        hidden_act="gelu" if cfg.openclip else "quick_gelu",
         attn_implementation="sdpa",
     )
     oracle = CLIPTextModel(config).to(next(clip.parameters()).dtype)
@@ -133,10 +138,11 @@ def transformers_clip(clip: CLIP, cfg: TextConfig) -> CLIPTextModel:
 def diffusers_pipeline(pipe: StableDiffusion, scheduler, kind: type = StableDiffusionPipeline, **others):
     """diffusers' pipeline of some kind over the weights of ours, on its device, with a scheduler of diffusers'."""
     vocabulary = {"vocab": str(DATA / "vocab.json"), "merges": str(DATA / "merges.txt")}
+    padding = {"pad_token": "!"} if pipe.config.text.openclip else {}
     theirs = kind(
         vae=diffusers_vae(pipe.vae, pipe.config.vae),
         text_encoder=transformers_clip(pipe.clip, pipe.config.text).to(pipe.device),
-        tokenizer=CLIPTokenizer(**vocabulary, model_max_length=pipe.config.text.max_length),
+        tokenizer=CLIPTokenizer(**vocabulary, model_max_length=pipe.config.text.max_length, **padding),
         unet=diffusers_unet(pipe.unet, pipe.config.unet),
         scheduler=scheduler,
         safety_checker=None,

@@ -34,6 +34,24 @@ TINY = Config(
 image_size and name, so that the models survive a file without a configuration."""
 
 
+TINY_SD2 = Config(
+    text=TextConfig(width=64, layers=2, heads=1, openclip=True),
+    unet=UNetConfig(
+        model_channels=64,
+        channel_mult=(1, 2),
+        attention_levels=(0, 1),
+        context_dim=64,
+        num_res_blocks=1,
+        head_channels=64,
+        linear_projections=True,
+    ),
+    vae=VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1),
+    image_size=16,
+    name="tiny SD 2",
+)
+"""Two levels of SD 2, with one head at the first and two at the second."""
+
+
 def tiny_config(**changes) -> Config:
     """TINY with changes: `tiny_config(unet={"norm_groups": 8}, image_size=128)`."""
     parts = {part: replace(getattr(TINY, part), **changes.pop(part, {})) for part in ("text", "unet", "vae")}

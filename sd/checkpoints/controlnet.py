@@ -9,12 +9,13 @@ With a tensor called `difference`, what the UNet has too is stored as the differ
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from sd.checkpoints.diffusers_names import WAY_DOWN, names_by_path, their_paths
 from sd.checkpoints.errors import CheckpointError, some
-from sd.checkpoints.lora import RESNET, diffusers_blocks
+from sd.checkpoints.layouts import BY_TEXT_WIDTH
 
 DIFFERENCE = "difference"
 
@@ -30,11 +31,10 @@ _OTHERS = (
 _LAYOUTS = {
     r"control_model\.": lambda net: {name: f"control_model.{name}" for name in net.state_dict()},
     r"(zero_convs|input_hint_block)\.": lambda net: {name: name for name in net.state_dict()},
-    r"controlnet_(down_blocks|mid_block|cond_embedding)\.": lambda net: dict(_diffusers_names(net)),
+    r"controlnet_(down_blocks|mid_block|cond_embedding)\.": lambda net: _diffusers_names(net),
 }
-_NEEDED = "a ControlNet for Stable Diffusion 1.x is needed"
+_NEEDED = "a ControlNet for this model is needed"
 _TEXT = "attn2.to_k.weight"
-_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 
 
 def names_in(tensors: Mapping[str, Tensor], net: nn.Module) -> dict[str, str]:
@@ -60,31 +60,15 @@ def _check_width(tensors: Mapping[str, Tensor], names: Mapping[str, str], net: n
     own = next(((name, t.shape[1]) for name, t in net.state_dict().items() if name.endswith(_TEXT)), None)
     found = own and tensors.get(names[own[0]])
     if found is not None and found.ndim == 2 and found.shape[1] != own[1]:
-        family = _WIDTHS.get(found.shape[1], "another model")
+        family = BY_TEXT_WIDTH.get(found.shape[1], "another model")
         raise CheckpointError(f"a ControlNet for {family}: its text is {found.shape[1]} wide, the model's {own[1]}")
 
 
-_ENDS = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "middle_block_out.0": "controlnet_mid_block",
-}
-_RESNET = {**RESNET, "in_layers.0": "norm1", "out_layers.0": "norm2", "op": "conv"}
-
-
-def _diffusers_names(net: nn.Module) -> Iterator[tuple[str, str]]:
-    blocks = dict(diffusers_blocks(net))
+def _diffusers_names(net: nn.Module) -> dict[str, str]:
     hint = [name for name, module in net.input_hint_block.named_children() if isinstance(module, nn.Conv2d)]
     inner = [f"blocks.{i}" for i in range(len(hint) - 2)]
     ends = zip(hint, ["conv_in", *inner, "conv_out"], strict=True)
-    others = _ENDS | {f"input_hint_block.{ours}": f"controlnet_cond_embedding.{theirs}" for ours, theirs in ends}
+    others = WAY_DOWN | {f"input_hint_block.{ours}": f"controlnet_cond_embedding.{theirs}" for ours, theirs in ends}
     others |= {f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(len(net.zero_convs))}
-    for name in net.state_dict():
-        path, _, kind = name.rpartition(".")
-        block = next((block for block in blocks if path.startswith(f"{block}.")), None)
-        if block is None:
-            yield name, f"{others[path]}.{kind}"
-        else:
-            layer = path[len(block) + 1 :]
-            yield name, f"{blocks[block]}.{_RESNET.get(layer, layer)}.{kind}"
+    others["middle_block_out.0"] = "controlnet_mid_block"
+    return names_by_path(net, lambda paths: their_paths(net, paths, others))

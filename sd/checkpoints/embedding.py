@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sd.checkpoints.errors import CheckpointError, StrPath, naming, some
 from sd.checkpoints.files import open_content
+from sd.checkpoints.layouts import BY_TEXT_WIDTH
 
-OTHERS = {1024: "Stable Diffusion 2", 1280: "Stable Diffusion XL", 2048: "Stable Diffusion XL"}
 UNNAMED = ("emb_params", "clip_l", "*")
 """Keys that say nothing of the word: then it is called as the file is."""
 
@@ -40,7 +40,7 @@ def _words(content: object, name: str) -> dict[str, Tensor]:
         tensors = list(_tensors(getattr(inner, "state", inner)))
         return {name: torch.cat([rows(t) for t in tensors])} if tensors else {}
     if "clip_g" in content:
-        raise CheckpointError("a word for Stable Diffusion XL (clip_g); one for Stable Diffusion 1.x is needed")
+        raise CheckpointError("a word for Stable Diffusion XL (clip_g); one for this model is needed")
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if many := [key for key in tensors if "." in str(key)]:
         raise CheckpointError(f"holds weights of a model, no learned word: {some(many)}")
@@ -67,8 +67,8 @@ def vectors_of(word: str, tensor: Tensor, width: int) -> Tensor:
     if found.ndim != 2 or not found.is_floating_point() or found.layout != torch.strided or not len(found):
         raise CheckpointError(f"{word} is {tuple(tensor.shape)} of {tensor.dtype}, no vectors")
     if found.shape[1] != width:
-        family = OTHERS.get(found.shape[1])
-        hint = f": it is for {family}" if family and width == 768 else ""
+        family = BY_TEXT_WIDTH.get(found.shape[1])
+        hint = f": it is for {family}" if family else ""
         raise CheckpointError(f"{word} has vectors of {found.shape[1]}, and this model's are of {width}{hint}")
     found = found.float().clone()
     if not found.isfinite().all():

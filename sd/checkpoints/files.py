@@ -10,6 +10,7 @@ from torch import Tensor
 from sd.checkpoints.errors import CheckpointError, damaged, naming, some
 from sd.checkpoints.layouts import with_text_level
 from sd.checkpoints.pickles import legacy_content, read_legacy, read_zip, zip_content
+from sd.config import Config
 
 _HEAD_BYTES = 512
 
@@ -18,12 +19,18 @@ _LARGEST_HEADER = 100_000_000  # what safetensors accepts
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint's tensors and metadata, its size in bytes, and whether the tensors are the mapped file."""
+    """A checkpoint's tensors and metadata, its size in bytes, and whether the tensors are the mapped file.
+
+    marks: what its layout says of the family, where the tensors' names and shapes are SD 1's. config: that of a folder,
+    which says it in words.
+    """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     size: int
     mapped: bool
+    marks: frozenset[str] = frozenset()
+    config: Config | None = None
 
 
 def open_checkpoint(path: Path) -> Opened:
@@ -123,9 +130,19 @@ def _beside(index: Path, file: str) -> Path:
     return index.with_name(file)
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files that a checkpoint is: of an index those that it names too, of a folder its models' and settings."""
+    if path.is_dir():
+        return sorted(file for file in [*path.glob("*.json"), *path.glob("*/*")] if file.suffix in _OF_FOLDERS)
+    if path.suffix != ".json":
+        return [path]
+    names = json.loads(path.read_bytes()).get("weight_map", {})
+    return [path, *(path.with_name(name) for name in sorted(set(names.values())))] if names else files_of(path.parent)
+
+
+_OF_FOLDERS = (".json", ".safetensors", ".bin")
+
+
 def written(path: Path) -> tuple[int, ...]:
-    """When a checkpoint's files were written: of a split one, the index and all that it names, in nanoseconds."""
-    files = [path]
-    if path.suffix == ".json":
-        files += [path.with_name(name) for name in sorted(set(json.loads(path.read_bytes())["weight_map"].values()))]
-    return tuple(file.stat().st_mtime_ns for file in files)
+    """When a checkpoint's files were written, in nanoseconds."""
+    return tuple(file.stat().st_mtime_ns for file in files_of(path))

@@ -13,6 +13,14 @@ PREFIXES = {
     "vae": "first_stage_model.",
 }
 
+BY_TEXT_WIDTH = {
+    768: "Stable Diffusion 1.x",
+    1024: "Stable Diffusion 2.x",
+    1280: "Stable Diffusion XL",
+    2048: "Stable Diffusion XL",
+}
+"""The family of what attends to a text of this width, or is a word of it."""
+
 TOKEN_TABLE = PREFIXES["clip"] + "embeddings.token_embedding.weight"
 
 TOKEN_IDS = PREFIXES["clip"] + "embeddings.token_embedding.ids"
@@ -35,7 +43,7 @@ def with_text_level(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # How the tensors of other models are called. The first that fits is named.
 _OTHER_FAMILIES = (
     (r"conditioner\.embedders\.", "Stable Diffusion XL"),
-    (r"cond_stage_model\.model\.", "Stable Diffusion 2"),
+    (r"(model\.diffusion_model\.)?label_emb\.", "a model that takes more than text (unCLIP, Stable Diffusion XL)"),
     (r"model\.diffusion_model\.joint_blocks\.", "Stable Diffusion 3"),
     (r"(model\.diffusion_model\.)?double_blocks\.", "Flux"),
     (
@@ -63,7 +71,8 @@ def has_three_parts(names: Collection[str]) -> bool:
 _USUAL = re.compile(
     r"model_ema\..*|(log_one_minus_|sqrt_(one_minus_|recipm?1?_?)?)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod"
     r"|betas|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor"
-    r"|v_pred|ztsnr|cond_stage_model\..*position_ids|first_stage_model\.loss\..*"
+    r"|v_pred|ztsnr|cond_stage_model\.(model\.)?(logit_scale|text_projection|attn_mask)"
+    r"|cond_stage_model\.model\.transformer\.resblocks\.\d+\..*|(cond_stage_model\.|text_encoder/).*position_ids|first_stage_model\.loss\..*"
 )
 
 
@@ -77,4 +86,4 @@ def refuse_other_families(names: Iterable[str]) -> None:
     for pattern, family in _OTHER_FAMILIES:
         begins = re.compile(pattern).match
         if any(begins(name) for name in names):
-            raise CheckpointError(f"this is {family}; Stable Diffusion 1.x in the original layout is needed")
+            raise CheckpointError(f"this is {family}; a whole Stable Diffusion 1.x or 2.x is needed")

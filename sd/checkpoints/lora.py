@@ -9,18 +9,20 @@ A change is to one weight [O, I] or [O, I, kh, kw]. Everything of a file is eith
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sd.checkpoints.diffusers_names import unet_paths
 from sd.checkpoints.embedding import vectors_of
 from sd.checkpoints.errors import CheckpointError, StrPath, naming, some
 from sd.checkpoints.files import open_checkpoint
+from sd.checkpoints.layouts import BY_TEXT_WIDTH
 from sd.clip import CLIP
-from sd.unet import BasicTransformerBlock, Downsample, ResBlock, SpatialTransformer, UNet, Upsample
+from sd.unet import BasicTransformerBlock, UNet
 
 Layer = tuple[str, str]
 """A part, "unet" or "clip", and the path of a layer in it."""
@@ -141,8 +143,6 @@ _OF_OTHERS = (
     (r"(lora_transformer_|transformer\.|lora_unet_)(single|double)_(blocks|transformer)", "Flux"),
     (r"lora_unet_joint_blocks|transformer\.transformer_blocks", "Stable Diffusion 3"),
 )
-WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
-"""Of the text that a UNet attends to, where it is not SD 1.x's 768."""
 
 
 def read_lora(path: StrPath, unet: UNet, clip: CLIP) -> Adapter:
@@ -161,7 +161,7 @@ def _adapter(tensors: Tensors, metadata: Mapping[str, str], unet: UNet, clip: CL
     if not grouped:
         raise CheckpointError(f"holds no LoRA: {some(tensors) or 'it is empty'}")
     if other := family_of_lora(grouped):
-        raise CheckpointError(f"a LoRA for {other}; one for Stable Diffusion 1.x is needed")
+        raise CheckpointError(f"a LoRA for {other}; one for this model is needed")
     layers, changes = layer_names(unet, clip), {}
     for name, own in grouped.items():
         layer = layers.get(name)
@@ -178,7 +178,7 @@ def _adapter(tensors: Tensors, metadata: Mapping[str, str], unet: UNet, clip: CL
 
 
 def family_of_lora(layers: Iterable[str]) -> str | None:
-    """The family that layers of these names belong to, if that is not Stable Diffusion 1.x as far as they tell."""
+    """The family that layers of these names belong to, if that is none of ours as far as they tell."""
     layers = list(layers)
     return next((family for pattern, family in _OF_OTHERS if any(re.match(pattern, key) for key in layers)), None)
 
@@ -221,12 +221,9 @@ def _check_shapes(changes: Mapping[Layer, Change], models: Mapping[str, nn.Modul
         try:
             change.check(weight.shape)
         except CheckpointError as error:
-            width = change.tensors.get("down")
-            family = (
-                WIDTHS.get(width.shape[1])
-                if width is not None and path.endswith(("attn2.to_k", "attn2.to_v"))
-                else None
-            )
+            down = change.tensors.get("down")
+            of_text = down is not None and path.endswith(("attn2.to_k", "attn2.to_v"))
+            family = BY_TEXT_WIDTH.get(down.shape[1]) if of_text else None
             hint = f"; it is for {family}" if family else ""
             raise CheckpointError(f"{part}.{path}: {error}{hint}") from None
 
@@ -256,47 +253,10 @@ def _weighted(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if getattr(m, "weight", None) is not None and m.weight.ndim >= 2]
 
 
-RESNET = {
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-_ENDS = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "out.2": "conv_out"}
-
-
 def diffusers_paths(unet: UNet) -> dict[str, str]:
     """Our path of each layer with a weight of two axes or more -> diffusers'."""
-    blocks = dict(diffusers_blocks(unet))
-    found = {}
-    for path in _weighted(unet):
-        block = next((block for block in blocks if path.startswith(f"{block}.")), None)
-        if block is None:
-            found[path] = _ENDS.get(path, "conv_in")
-        else:
-            inner = path[len(block) + 1 :]
-            found[path] = f"{blocks[block]}.{RESNET.get(inner, 'conv' if inner in ('op', 'conv') else inner)}"
-    return found
-
-
-def diffusers_blocks(unet: nn.Module) -> Iterator[tuple[str, str]]:
-    """Our path of each residual block, transformer and change of size -> diffusers'. A ControlNet has no way up."""
-    kinds = {ResBlock: "resnets", SpatialTransformer: "attentions", Downsample: "downsamplers", Upsample: "upsamplers"}
-    for side, stem in (("input_blocks", "down_blocks"), ("output_blocks", "up_blocks")):
-        level, counts = 0, {}
-        for i, block in enumerate(getattr(unet, side, ())):
-            for j, layer in enumerate(block):
-                kind = next((name for plain, name in kinds.items() if isinstance(layer, plain)), None)
-                if kind is None:
-                    continue
-                number = counts.setdefault((level, kind), 0)
-                counts[level, kind] += 1
-                yield f"{side}.{i}.{j}", f"{stem}.{level}.{kind}.{number}"
-            # A level ends with its change of size; the last one has none.
-            level += isinstance(block[-1], Downsample | Upsample)
-    yield "middle_block.0", "mid_block.resnets.0"
-    yield "middle_block.1", "mid_block.attentions.0"
-    yield "middle_block.2", "mid_block.resnets.1"
+    paths = _weighted(unet)
+    return dict(zip(paths, unet_paths(unet, paths), strict=True))
 
 
 def _first_order(unet: UNet) -> list[str]:

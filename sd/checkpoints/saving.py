@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sd.checkpoints.errors import CheckpointError, StrPath, naming, some
 from sd.checkpoints.layouts import PREFIXES, TOKEN_IDS, TOKEN_TABLE
+from sd.checkpoints.sd2 import as_stored
 from sd.clip import CLIP
 from sd.config import Config
 from sd.models import build
@@ -61,7 +62,7 @@ def _tensors_to_save(
     if token_ids is not None:
         tensors[TOKEN_IDS] = torch.as_tensor(token_ids, dtype=torch.int64).cpu()
         tensors[TOKEN_TABLE] = tensors[TOKEN_TABLE][tensors[TOKEN_IDS]]
-    return _unshared(tensors)
+    return _unshared(as_stored(tensors, config))
 
 
 def _check_same_modules(config: Config, tensors: dict[str, Tensor]) -> None:

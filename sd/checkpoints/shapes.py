@@ -1,6 +1,8 @@
 """Which configuration a checkpoint has: from its metadata, else from the tensors' shapes."""
 
 import json
+import logging
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -11,26 +13,60 @@ from sd.checkpoints.files import Opened
 from sd.checkpoints.layouts import PREFIXES, has_three_parts, refuse_other_families
 from sd.config import Config, TextConfig, UNetConfig, VAEConfig
 
+log = logging.getLogger(__name__)
+
 _MOST_TENSORS = 20_000  # of one configuration; SD 1.5 has 1,130
 
 
-def config_of(opened: Opened) -> Config:
-    """The configuration in the metadata, else as `infer_config` tells it, with no number that no model has."""
-    if is_own(opened.metadata.get("config")):
-        with damaged("the configuration in its metadata is bad"):
-            config = Config.from_json(opened.metadata["config"])
-            _check_config(config, len(opened.tensors))
-    else:
+def config_of(opened: Opened, prediction: str | None = None) -> Config:
+    """The configuration that the file says, else as `infer_config` tells it, with no number that no model has.
+
+    prediction: what the UNet predicts, whatever the file says; None asks it, and guesses with a warning for SD 2.
+    """
+    config = _said_config(opened)
+    if config is None:
         with damaged("not the layout of Stable Diffusion 1.x"):
-            config = replace(infer_config(opened.tensors), prediction=_prediction(opened))
-            _check_config(config, len(opened.tensors))
+            config = infer_config(opened.tensors, opened.marks)
+            check_config(config, len(opened.tensors))
+            guess = prediction or _said(opened) or _guessed(opened.tensors, config)
+        return replace(config, prediction=guess, image_size=768 if config.text.openclip and guess == "v" else 512)
+    return replace(config, prediction=prediction or config.prediction)
+
+
+def _said_config(opened: Opened) -> Config | None:
+    """That of a folder, or of this program's metadata."""
+    with damaged("the configuration in its metadata is bad"):
+        if is_own(opened.metadata.get("config")):
+            config = Config.from_json(opened.metadata["config"])
+        elif opened.config:
+            config = opened.config
+        else:
+            return None
+        check_config(config, len(opened.tensors))
     return config
 
 
-def _prediction(opened: Opened) -> str:
-    """By the marker that trainers put among the tensors, or Stability's metadata; else noise."""
+def _said(opened: Opened) -> str | None:
+    """By the marker that trainers put among the tensors, or Stability's metadata."""
     said = opened.metadata.get("modelspec.prediction_type", "").lower()
-    return "v" if "v_pred" in opened.tensors or said in ("v", "v_prediction", "v-prediction") else "eps"
+    if "v_pred" in opened.tensors or said in ("v", "v_prediction", "v-prediction"):
+        return "v"
+    return "eps" if said in ("eps", "epsilon") else None
+
+
+_LAST_NORM = PREFIXES["unet"] + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_SPREAD_OF_V = 0.09
+
+
+def _guessed(tensors: dict[str, Tensor], config: Config) -> str:
+    """SD 1 predicts noise, SD 2's files do not say. This bias spreads further where v is predicted: seen in the
+    released ones by the authors of ComfyUI, and no more than a guess."""
+    if not config.text.openclip:
+        return "eps"
+    spread = tensors[_LAST_NORM].float().std(correction=0).item() if _LAST_NORM in tensors else 0.0
+    guess = "v" if spread > _SPREAD_OF_V and not config.unet.inpaints else "eps"
+    log.warning("the file does not say what its UNet predicts; it looks like %s: --prediction eps or v decides", guess)
+    return guess
 
 
 def is_own(config: str | None) -> bool:
@@ -42,24 +78,27 @@ def is_own(config: str | None) -> bool:
     return isinstance(found, dict) and {"text", "unet", "vae"} <= found.keys()
 
 
-def infer_config(state_dict: dict[str, Tensor]) -> Config:
-    """Tell the configuration from the tensors' shapes.
+def infer_config(state_dict: dict[str, Tensor], marks: Collection[str] = ()) -> Config:
+    """Tell the configuration from the tensors' shapes, and the family from its layout's marks.
 
     What shapes cannot say is SD 1's: 8 UNet heads, 32 norm groups, text heads of 64, scale factor 0.18215, pictures of
-    512. Raises CheckpointError for another family of models, named, and for missing tensors.
+    512; in SD 2 the UNet's heads are of 64 too. Raises CheckpointError for another family of models, named, and for
+    missing tensors.
     """
     if not has_three_parts(state_dict):
         refuse_other_families(state_dict)
     shapes = _Shapes(state_dict)
+    openclip = "openclip" in marks
+    unet = _infer_unet(shapes.under(PREFIXES["unet"]))
     return Config(
-        text=_infer_text(shapes.under(PREFIXES["clip"])),
-        unet=_infer_unet(shapes.under(PREFIXES["unet"])),
+        text=replace(_infer_text(shapes.under(PREFIXES["clip"])), openclip=openclip),
+        unet=replace(unet, head_channels=64 if openclip else 0, linear_projections="matrices" in marks),
         vae=_infer_vae(shapes.under(PREFIXES["vae"])),
-        name="Stable Diffusion 1.x",
+        name="Stable Diffusion 2.x" if openclip else "Stable Diffusion 1.x",
     )
 
 
-def _check_config(config: Config, tensors: int) -> None:
+def check_config(config: Config, tensors: int) -> None:
     """Refuse numbers that no model has, before anything is built from them."""
     text, unet, vae = config.text, config.unet, config.vae
     if not all(_positive(part) for part in (text, unet, vae)) or config.image_size < 1:
@@ -67,23 +106,35 @@ def _check_config(config: Config, tensors: int) -> None:
     if (least := _fewest_tensors(config)) > min(tensors, _MOST_TENSORS):
         raise CheckpointError(f"its configuration needs over {least} tensors; the file has {tensors}")
     _check_parts_agree(text, unet, vae)
-    if text.width % text.heads or any(unet.model_channels * m % unet.num_heads for m in unet.channel_mult):
+    widths = [unet.model_channels * m for m in unet.channel_mult]
+    if text.width % text.heads or any(w % (unet.head_channels or unet.num_heads) for w in widths):
         raise CheckpointError("its configuration has widths that are not a multiple of the attention heads")
+
+
+_BY_INPUTS = {
+    5: "Stable Diffusion 2's depth model",
+    7: "Stable Diffusion 2's upscaler",
+    8: "instruct-pix2pix, which edits a picture by what a text says",
+}
 
 
 def _check_parts_agree(text: TextConfig, unet: UNetConfig, vae: VAEConfig) -> None:
     if unet.in_channels != vae.z_channels and not unet.inpaints:
-        kind = {8: "an image-editing model"}.get(unet.in_channels, "another kind of model")
-        raise CheckpointError(f"{kind} ({unet.in_channels} input channels); a text-to-image one is needed")
+        kind = _BY_INPUTS.get(unet.in_channels, "another kind of model")
+        needed = "one that draws from text, or an inpainting one, is needed"
+        raise CheckpointError(f"{kind} ({unet.in_channels} input channels); {needed}")
     if unet.context_dim != text.width:
-        kind = "Stable Diffusion 2" if unet.context_dim == 1024 else "not Stable Diffusion 1.x"
-        raise CheckpointError(f"{kind} (context of {unet.context_dim}, text encoder of {text.width})")
+        what = f"its UNet attends to a text of {unet.context_dim}, and its text encoder gives one of {text.width}"
+        raise CheckpointError(f"parts of two families: {what}")
+
+
+_MAY_BE_NOTHING = ("attention_levels", "head_channels", "openclip", "linear_projections")
 
 
 def _positive(part: TextConfig | UNetConfig | VAEConfig) -> bool:
     for name, value in vars(part).items():
         numbers = value if isinstance(value, tuple) else (value,)
-        if name != "attention_levels" and not (numbers and all(number > 0 for number in numbers)):
+        if name not in _MAY_BE_NOTHING and not (numbers and all(number > 0 for number in numbers)):
             return False
     return True
 

@@ -26,7 +26,8 @@ SHORT = ("cpu-bf16", "cpu-int8")  # the optimizations that pack short numbers fr
 
 def add_model_options(add: Callable[..., object]) -> None:
     """The options of a `ModelChoice` that say which model; add: the `add_argument` of a parser or a group."""
-    add("--ckpt", type=Path, metavar="FILE", help=".safetensors or .ckpt ($SD_CKPT, then those in data/)")
+    add("--ckpt", type=Path, metavar="FILE", help=".safetensors, .ckpt or a folder ($SD_CKPT, then those in data/)")
+    add("--vae", type=Path, metavar="FILE", help="take the autoencoder from this file or folder")
     add(
         "--lora",
         action="append",
@@ -71,6 +72,7 @@ class ModelChoice:
     """
 
     ckpt: Path | None = None
+    vae: Path | None = None
     lora: Sequence[str] | None = None
     embedding: Sequence[str] | None = None
     lora_dir: Path | None = None
@@ -107,7 +109,8 @@ class ModelChoice:
         from sd.pipeline import StableDiffusion
 
         device = check_device(self.device)
-        pipe = StableDiffusion.load(checkpoint, device, self._dtype_to_load(checkpoint), self.ema, self.prediction)
+        dtype = self._dtype_to_load(checkpoint)
+        pipe = StableDiffusion.load(checkpoint, device, dtype, self.ema, self.prediction, self.vae)
         pipe.dtype_is_asked_for = self.dtype is not None
         for path, weight in self.loras():
             pipe.add_lora(path, weight)
@@ -129,9 +132,11 @@ class ModelChoice:
         return [_embedding(text) for text in self.embedding or ()]
 
     def check_files(self) -> None:
-        """Raises UserError for a LoRA or an embedding that is not there."""
+        """Raises UserError for a LoRA, an embedding or an autoencoder that is not there."""
         self.loras()
         self.embeddings()
+        if self.vae and not self.vae.exists():
+            raise UserError(f"--vae: there is no file {self.vae}")
         if self.lora_dir and not self.lora_dir.is_dir():
             raise UserError(f"--lora-dir: there is no folder {self.lora_dir}")
 
@@ -192,11 +197,17 @@ class ModelChoice:
 
         return [[path.name, fingerprint(path), word] for path, word in self.embeddings()] or None
 
+    def recorded_vae(self) -> list | None:
+        """The same of an autoencoder from its own file: name, fingerprint."""
+        from sd.pictures.provenance import fingerprint
+
+        return [self.vae.name, fingerprint(self.vae)] if self.vae else None
+
     def same(self, checkpoint: Path) -> dict[str, object]:
         """What a picture's file must say of the model, to be one of this run's."""
         from sd.pictures.provenance import fingerprint
 
-        files = {"loras": self.recorded_loras(), "embeddings": self.recorded_embeddings()}
+        files = {"loras": self.recorded_loras(), "embeddings": self.recorded_embeddings(), "vae": self.recorded_vae()}
         return {"checkpoint_hash": fingerprint(checkpoint), **files}
 
     def facts(self, pipe: "StableDiffusion", checkpoint: Path) -> dict[str, object]:
@@ -212,6 +223,7 @@ class ModelChoice:
             "prediction": pipe.config.prediction if pipe.config.prediction != "eps" else None,
             "loras": self.recorded_loras(),
             "embeddings": self.recorded_embeddings(),
+            "vae": self.recorded_vae(),
             "quantized": self.load_quantized and self.load_quantized.name,
             **running,
         }

@@ -17,7 +17,8 @@ class ProvenanceError(ValueError):
 def fingerprint(path: str | os.PathLike) -> str:
     """12 hexadecimal digits that tell checkpoints apart without reading gigabytes, or "" if the file cannot be read.
 
-    They are of the sizes and 64 evenly spaced blocks of 4 KiB of each file; an index stands for the files it names.
+    They are of the sizes and 64 evenly spaced blocks of 4 KiB of each file; an index stands for the files it names, and
+    a folder for its models' and their settings.
     """
     digest = hashlib.sha256()
     try:
@@ -30,6 +31,9 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = [*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*/*")]
+        return sorted({file for file in found if file.suffix in (".json", ".safetensors", ".bin")})
     if path.suffix != ".json":
         return [path]
     weight_map = json.loads(path.read_bytes()).get("weight_map", {})
@@ -81,6 +85,17 @@ def embeddings_again(recorded: object, folder: Path) -> list[str]:
             )
         found.append(f"{path}:{word}" if word else str(path))
     return found
+
+
+def vae_again(recorded: object, folder: Path) -> Path | None:
+    """The autoencoder's file or folder that a picture was drawn with, if it had its own."""
+    if not isinstance(recorded, list) or len(recorded) != 2:
+        return None
+    name, digest = map(str, recorded)
+    for path in (Path(name), folder / Path(name).name):
+        if path.exists() and fingerprint(path) == digest:
+            return path
+    raise ProvenanceError(f"the picture was drawn with the autoencoder {name} ({digest}); name it with --vae")
 
 
 def file_again(option: str, name: str, recorded: object, folder: Path) -> str:

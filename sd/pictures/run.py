@@ -15,7 +15,7 @@ from sd.pictures.model import DTYPES, ModelChoice
 from sd.pictures.parameters import PARAMETERS, UserError, checked, recorded
 from sd.pictures.plan import Job, Picture, Plan, plan
 from sd.pictures.prompts_file import Entry, read_prompts
-from sd.pictures.provenance import embeddings_again, file_again, loras_again
+from sd.pictures.provenance import embeddings_again, file_again, loras_again, vae_again
 from sd.pictures.saving import STDOUT, Save, to_file, to_new_file, to_stdout
 from sd.pictures.watching import Watching
 from sd.samplers import OPTIONS
@@ -117,7 +117,12 @@ def _recalled_model(model: ModelChoice, said: Mapping[str, object], file: Path) 
         raise UserError(f"{file}: there is no dtype {known['dtype']}")
     lora = model.lora if model.lora is not None else loras_again(said.get("loras"), file.parent)
     words = model.embedding if model.embedding is not None else embeddings_again(said.get("embeddings"), file.parent)
-    return replace(model, **known, lora=lora or None, embedding=words or None, ema=model.ema or said.get("ema") is True)
+    files = {
+        "lora": lora or None,
+        "embedding": words or None,
+        "vae": model.vae or vae_again(said.get("vae"), file.parent),
+    }
+    return replace(model, **known, **files, ema=model.ema or said.get("ema") is True)
 
 
 def _place_in_batch(said: object) -> tuple[int, int] | None:

@@ -33,13 +33,12 @@ def test_without_the_text_model_level(tmp_path, models, tensors):
     ("name", "shape", "family"),
     [
         ("conditioner.embedders.0.transformer.text_model.x", (1,), "Stable Diffusion XL"),
-        ("cond_stage_model.model.ln_final.weight", (1,), "Stable Diffusion 2"),
         ("lora_unet_down_blocks_0_attentions_0.lora_up.weight", (1,), "LoRA"),
         ("unet.down_blocks.0.attentions.0.to_q.lora_A.weight", (1,), "LoRA"),
         ("down_blocks.0.resnets.0.conv1.weight", (1,), "diffusers layout"),
         ("control_model.input_blocks.0.0.weight", (1,), "ControlNet"),
-        (PREFIXES["unet"] + "input_blocks.0.0.weight", (32, 8, 3, 3), "image-editing"),
-        (PREFIXES["unet"] + "middle_block.1.transformer_blocks.0.attn2.to_k.weight", (128, 1024), "Stable Diffusion 2"),
+        (PREFIXES["unet"] + "input_blocks.0.0.weight", (32, 8, 3, 3), "instruct-pix2pix"),
+        (PREFIXES["unet"] + "middle_block.1.transformer_blocks.0.attn2.to_k.weight", (128, 1024), "two families"),
     ],
 )
 def test_other_families_are_named(tmp_path, tensors, name, shape, family):

@@ -170,7 +170,7 @@ CHECKPOINTS = {
     "truncated.ckpt": (truncated_ckpt, ""),
     "nan.safetensors": (with_nan, "NaN"),
     "sdxl.safetensors": (sdxl, "Stable Diffusion XL"),
-    "sd2.safetensors": (sd2, "Stable Diffusion 2"),
+    "sd2.safetensors": (sd2, "lacks"),
 }
 
 
