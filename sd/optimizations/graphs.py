@@ -192,11 +192,11 @@ class GraphedLoop:
 
         given = [getattr(conditions, name) for name in told] + hints + [getattr(blend, name) for name in kept]
         inputs = (x, AsyncNoise(noise).draw(count_draws(sampler, schedule), x), *given)
-        others = tuple((one.network, one.weight, one.start, one.end) for one in conditions.residuals)
-        key = (_shapes(inputs), *told, others, conditions.scale, sampler, schedule, blend and blend.schedule)
         beside = filter(None, (record_of(one.network) for one in conditions.residuals))
         for done in (self.done, *beside):  # first, since weights that are packed anew move
             done.refresh(conditions.context)
+        others = tuple((o.network, addresses(o.network), o.weight, o.start, o.end) for o in conditions.residuals)
+        key = (_shapes(inputs), *told, others, conditions.scale, sampler, schedule, blend and blend.schedule)
         recording = self.recordings.get(key, loop, inputs)
         for place, value in zip(recording.inputs, inputs, strict=True):
             place.copy_(value)

@@ -14,7 +14,7 @@ from bench.reference.numbers import noise, pixels, relative_error
 from bench.reference.weights import random_controlnet
 from sd import optimizations
 from sd.controlnet import Control, ControlNet
-from sd.optimizations import OptimizationError, onednn, registry
+from sd.optimizations import OptimizationError, onednn, registry, winograd
 from sd.pipeline import StableDiffusion
 from tests.optimizations.stand_in import install
 from tests.optimizations.support import DRAW, EXACT_ON_CPU, change_in_place, inputs
@@ -54,7 +54,11 @@ def test_presets_draw_the_plain_picture(make, net, names):
     assert apart(drawn(make(names), net), drawn(make(), net)) <= 1
 
 
-@pytest.mark.parametrize("name", ["cuda-graph", "loop-graph", "cuda-graph,deepcache=2", "loop-graph,deepcache=2"])
+GRAPHS = ("cuda-graph", "loop-graph")
+CACHES = "kv-cache,packed-qkv,time-cache,shared-halves"
+
+
+@pytest.mark.parametrize("name", [f"{graph}{more}" for graph in GRAPHS for more in ("", ",deepcache=2", f",{CACHES}")])
 def test_captured_graphs_see_controls(make, net, monkeypatch, name):
     """Another picture, weight, part of the steps and prompt, and none: each as without a graph."""
     install(monkeypatch)
@@ -289,8 +293,14 @@ def test_a_switch_that_fails_on_it_is_taken_back_everywhere(make, net, monkeypat
     assert runs(of(pipe, net)) == runs(of(make(), net))
 
 
-def test_memory_for_kernels_is_shared_out(make, net):
-    """A ControlNet has its share of what winograd may take."""
-    pipe = make("winograd=0")
-    drawn(pipe, net)
-    assert {m.m for m in of(pipe, net).modules() if hasattr(m, "kernel_stamp")} == {0}
+def test_memory_for_kernels_is_shared_out(make, net, monkeypatch):
+    """A ControlNet's kernels may take as much of it as the ControlNet is large."""
+    budgets: list[int] = []
+    plan = winograd.plan
+    monkeypatch.setattr(
+        winograd, "plan", lambda uses, budget, rates: (budgets.append(budget), plan(uses, budget, rates))[1]
+    )
+    pipe = make("winograd=2.0")
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (pipe.unet, of(pipe, net))]
+    assert budgets[0] == 2e9
+    assert budgets[1] / budgets[0] == pytest.approx(sizes[1] / sizes[0])
