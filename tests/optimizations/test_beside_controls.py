@@ -211,6 +211,17 @@ def test_captured_graphs_are_used(make, net, monkeypatch):
     assert graphs.replays - replays >= 2 * LONGER["steps"]
 
 
+@torch.inference_mode()
+def test_what_a_graph_has_found_is_the_callers_own(make, net, monkeypatch):
+    install(monkeypatch)
+    network = of(make("cuda-graph"), net)
+    hint = network.seen(noise(1, 3, 64, 64)).repeat(2, 1, 1, 1)
+    first = network(*inputs(), hint)
+    kept = [each.clone() for each in first]
+    network(*inputs(seed=5), hint)
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+
+
 def calls_of(module: torch.nn.Module) -> list[int]:
     """Of its calls from now on, how large the batch is."""
     calls: list[int] = []
