@@ -2,7 +2,7 @@
 
 batches    four pictures alone over four in a batch, by the demo model: why a CPU draws one by one
 previews   what the fit to the demo model takes, and one preview
-controls   a guided step with a ControlNet over one without, random weights of half of SD 1.5's width
+controls   a guided step with a ControlNet over one without, random weights of SD 1.5's shapes
 lora       what merging one into SD 1.5's shapes takes
 """
 
@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 
 from bench import common, fidelity
 from bench.reference.numbers import noise
-from bench.reference.weights import random_controlnet, tiny_config
+from bench.reference.weights import random_controlnet
 from sd import optimizations
 from sd.config import SD15
+from sd.controlnet import ControlNet
 from sd.guidance import Conditions, Guided, Residuals
 from sd.pipeline import DEMO_CHECKPOINT, StableDiffusion
 from sd.previews import Previews
@@ -64,20 +65,25 @@ def previews() -> Iterator[str]:
 
 
 def controls() -> Iterator[str]:
-    config = tiny_config(
-        unet={"model_channels": 160, "num_res_blocks": 2, "context_dim": 256}, text={"width": 256, "heads": 4}
-    )
-    pipe, net = common.random_pipeline(config), random_controlnet(config)
-    for names, grid in (("none", 32), ("none", 16), ("cpu", 32)):
-        if names != "none":
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(random_controlnet(SD15).state_dict(), path := Path(folder, "net.safetensors"))
+        for names in ("none", "cpu", "cpu-bf16,cpu"):
+            pipe = common.random_pipeline(SD15)
             optimizations.apply(pipe, names)
-        x, context = noise(1, 4, grid, grid), noise(2, 77, 256)
-        with torch.inference_mode():
-            residuals = (Residuals(net, net.seen(noise(1, 3, 8 * grid, 8 * grid).sigmoid())),)
-            plain = Guided(pipe.unet, Conditions(context, 7.5), pipe.call)
-            both = Guided(pipe.unet, Conditions(context, 7.5, residuals=residuals), pipe.call)
-            found = ratio(lambda: both(x, 541), lambda: plain(x, 541))  # noqa: B023
-        yield f"a step with a ControlNet over one without, {grid}x{grid} latents, --opt {names}: {found}"
+            net = pipe.controlnets.loaded[pipe.add_control(path)]
+            for side in (256, 512):
+                found = _beside(pipe, net, side // 8)
+                yield f"--opt {names}, a step with a ControlNet over one without, {side}x{side}: {found}"
+            del pipe, net
+
+
+def _beside(pipe: StableDiffusion, net: ControlNet, grid: int) -> str:
+    x, context = noise(1, 4, grid, grid), noise(2, 77, pipe.config.unet.context_dim)
+    with torch.inference_mode():
+        residuals = (Residuals(net, net.seen(noise(1, 3, 8 * grid, 8 * grid).sigmoid())),)
+        plain = Guided(pipe.unet, Conditions(context, 7.5), pipe.call)
+        both = Guided(pipe.unet, Conditions(context, 7.5, residuals=residuals), pipe.call)
+        return ratio(lambda: both(x, 541), lambda: plain(x, 541))
 
 
 def lora() -> Iterator[str]:

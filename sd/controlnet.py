@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sd.config import UNetConfig
-from sd.unet import input_blocks, middle_block, time_embed, timestep_embedding
+from sd.unet import TimeEmbed, input_blocks, middle_block
 
 HINT_CHANNELS = (16, 16, 32, 32, 96, 96, 256)
 HINT_PIXELS = 8
@@ -41,9 +41,8 @@ class ControlNet(nn.Module):
         super().__init__()
         cfg = replace(cfg, in_channels=cfg.out_channels)  # an inpainting model's, too, sees the latents alone
         self.in_channels = cfg.in_channels
-        self.model_channels = cfg.model_channels
         emb_dim = 4 * cfg.model_channels
-        self.time_embed = time_embed(cfg.model_channels, emb_dim)
+        self.time_embed = TimeEmbed(cfg.model_channels, emb_dim)
         self.input_blocks, channels = input_blocks(cfg, emb_dim)
         self.zero_convs = nn.ModuleList(nn.Sequential(nn.Conv2d(c, c, 1)) for c in channels)
         self.input_hint_block = _hint_block(cfg.model_channels)
@@ -56,7 +55,7 @@ class ControlNet(nn.Module):
         x [B, 4 or more, H, W], of which the latents come first; t [B] or []; context [B, S, context_dim]; hint
         [B, model_channels, H, W], as `seen` makes it, once a picture.
         """
-        emb = self.time_embed(timestep_embedding(t.expand(x.shape[0]), self.model_channels).to(x.dtype))
+        emb = self.time_embed(t, x)
         x = x[:, : self.in_channels]
         found = []
         for i, (block, zero_conv) in enumerate(zip(self.input_blocks, self.zero_convs, strict=True)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 class ControlNets:
     """Those of one pipeline, by name. It is passed to each call.
 
-    They lie beside the UNet, in the pipeline's dtype, and are not optimized as it is. Where dtype or device have
-    changed, a ControlNet is read again.
+    They lie beside the UNet, in the pipeline's dtype. Where dtype or device have changed, a ControlNet is read again.
+    files: of all of them. loaded: those that are in memory. prepare: what is done to each after it is read; so
+    optimizations reach them.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, Path] = {}
         self.loaded: dict[str, ControlNet] = {}
+        self.prepare: Callable[[ControlNet], None] | None = None
 
     def add(self, pipe: StableDiffusion, path: str | Path) -> str:
         """Load a file; returns its name: the file's without its ending, with a number where another has that."""
@@ -45,7 +47,19 @@ class ControlNets:
     def remove(self, name: str | None = None) -> None:
         """Forget one, or all. Raises ValueError for a name that there is not."""
         for one in list(self.files) if name is None else [self._known(name)]:
-            del self.files[one], self.loaded[one]
+            del self.files[one]
+            self.loaded.pop(one, None)
+
+    def prepare_with(self, pipe: StableDiffusion, prepare: Callable[[ControlNet], None]) -> None:
+        """Do this to each, and to those that come. They must be as their files have them."""
+        for net in [self._ready(pipe, name) for name in self.files]:
+            prepare(net)
+        self.prepare = prepare
+
+    def as_in_files(self) -> None:
+        """Let all go that was done to them: each is read again when it is needed."""
+        self.prepare = None
+        self.loaded.clear()
 
     def residuals(
         self,
@@ -78,15 +92,18 @@ class ControlNets:
         return name
 
     def _ready(self, pipe: StableDiffusion, name: str) -> ControlNet:
-        weight = next(self.loaded[name].parameters())
-        if (weight.dtype, weight.device) != (pipe.dtype, next(pipe.vae.parameters()).device):
+        weight = next(self.loaded[name].parameters()) if name in self.loaded else None
+        if weight is None or (weight.dtype, weight.device) != (pipe.dtype, next(pipe.vae.parameters()).device):
             self.loaded[name] = self._load(pipe, self.files[name])
         return self.loaded[name]
 
     def _load(self, pipe: StableDiffusion, path: Path) -> ControlNet:
         with torch.inference_mode(False):
             own = lambda names: _own_weights(pipe, names)  # noqa: E731
-            return model_loader.load_controlnet(path, pipe.config.unet, own, pipe.device, pipe.dtype)
+            net = model_loader.load_controlnet(path, pipe.config.unet, own, pipe.device, pipe.dtype)
+        if self.prepare:
+            self.prepare(net)
+        return net
 
 
 def check_numbers(weight: float, start: float, end: float) -> None:

@@ -35,7 +35,8 @@ class Residuals:
 
     def __call__(self, x: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
         hint = self.hint.repeat(len(x) // len(self.hint), 1, 1, 1)
-        return [self.weight * answer for answer in self.network(x, t, context, hint)]
+        answers = self.network(x, t, context, hint)
+        return answers if self.weight == 1 else [self.weight * answer for answer in answers]
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ class Guided:
         if scale == 1:
             return self.predict(given, t, context, *self._residuals(given, t, context)).to(x.dtype)
         both = torch.cat([given, given])
-        residuals = self._residuals(both, t, context)
         with self.call.halves(alike=True):
+            residuals = self._residuals(both, t, context)
             uncond, cond = self.predict(both, t, context, *residuals).to(x.dtype).chunk(2)
         return uncond + scale * (cond - uncond)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sd.checkpoints.controlnet import DIFFERENCE, names_in
 from sd.checkpoints.errors import CheckpointError, StrPath, damaged, naming, some
-from sd.checkpoints.files import Opened, written
+from sd.checkpoints.files import Opened, check_size, written
 from sd.checkpoints.layouts import PREFIXES, TOKEN_IDS, TOKEN_TABLE, ema_name, unusual
 from sd.checkpoints.mapped import drop_pages
 from sd.checkpoints.saving import save
@@ -277,8 +277,7 @@ def _check_storage(opened: Opened, wanted: Iterable[str]) -> None:
             raise CheckpointError(f"{name} is not a plain tensor")
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(f"{name} holds {tensor.dtype}, not fp8, fp16, bf16, fp32 or fp64")
-    if (claimed := sum(tensor.nbytes for tensor in tensors.values())) > opened.size:
-        raise CheckpointError(f"claims {claimed} bytes of weights in a file of {opened.size}")
+    check_size(tensors.values(), opened.size)
 
 
 def _parameter(

@@ -213,8 +213,8 @@ class StableDiffusion:
     def add_control(self, path: str | os.PathLike) -> str:
         """Load a ControlNet's file; returns the name by which a `Control` is one of it, for `generate`.
 
-        The original layout, diffusers', fp16, and files of differences to SD 1.5's weights. Optimizations may be on or
-        come later. Raises model_loader.CheckpointError for a file that is none, or for another UNet.
+        The original layout, diffusers', fp16, and files of differences to SD 1.5's weights. Optimizations reach it,
+        also those that come later. Raises model_loader.CheckpointError for a file that is none, or for another UNet.
         """
         return self.controlnets.add(self, os.fspath(path))
 

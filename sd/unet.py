@@ -26,6 +26,18 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class TimeEmbed(nn.Sequential):
+    """Timesteps as sinusoids, and what two layers make of these."""
+
+    def __init__(self, channels: int, emb_dim: int):
+        super().__init__(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.channels = channels
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """t [B] or [], for the B pictures of x and in its dtype -> emb [B, emb_dim]."""
+        return super().forward(timestep_embedding(t.expand(x.shape[0]), self.channels).to(x.dtype))
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention from x to context, or to x itself when context is None."""
 
@@ -178,9 +190,8 @@ class Block(nn.Sequential):
 class UNet(nn.Module):
     def __init__(self, cfg: UNetConfig):
         super().__init__()
-        self.model_channels = cfg.model_channels
         emb_dim = 4 * cfg.model_channels
-        self.time_embed = time_embed(cfg.model_channels, emb_dim)
+        self.time_embed = TimeEmbed(cfg.model_channels, emb_dim)
         self.input_blocks, skips = input_blocks(cfg, emb_dim)
         self.middle_block = middle_block(cfg, emb_dim, skips[-1])
         self.output_blocks = _output_blocks(cfg, emb_dim, skips)
@@ -198,7 +209,7 @@ class UNet(nn.Module):
         timestep from 0 to 999; context [B, S, context_dim] -> eps [B, out_channels, H, W]. residuals: what ControlNets
         found (sd/controlnet.py), one for each of input_blocks and one for middle_block, of the shapes of their outputs.
         """
-        emb = self.time_embed(timestep_embedding(t.expand(x.shape[0]), self.model_channels).to(x.dtype))
+        emb = self.time_embed(t, x)
         skips = []
         for block in self.input_blocks:
             x = block(x, emb, context)
@@ -214,10 +225,6 @@ class UNet(nn.Module):
 def with_residuals(x: Tensor, skips: Sequence[Tensor], residuals: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The middle block's output and the skips, each with its residual added; the middle's is the last."""
     return x + residuals[-1], [skip + more for skip, more in zip(skips, residuals[:-1], strict=True)]
-
-
-def time_embed(channels: int, emb_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
 
 
 def middle_block(cfg: UNetConfig, emb_dim: int, channels: int) -> Block:

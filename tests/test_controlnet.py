@@ -11,6 +11,7 @@ from torch import Tensor
 from bench.reference.numbers import noise, pixels, relative_error
 from bench.reference.oracles import ddim_scheduler, diffusers_controlnet, diffusers_pipeline
 from bench.reference.weights import TINY, random_controlnet
+from sd import optimizations
 from sd.controlnet import Control, ControlNet
 from sd.edits import region_around
 from sd.noise import PictureNoise
@@ -94,8 +95,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("numbers", CASES.values(), ids=CASES)
-def test_pictures_are_those_of_diffusers(pipe, nets, files, numbers):
+OPTIMIZED = [pytest.param(CASES["two"], names, id=f"two, {names}") for names in ("cpu", "exact,packed-qkv,time-cache")]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "names"),
+    [*(pytest.param(numbers, "none", id=case) for case, numbers in CASES.items()), *OPTIMIZED],
+)
+def test_pictures_are_those_of_diffusers(pipe, nets, files, numbers, names):
     shown = [picture(seed) for seed in range(len(numbers))]
     weights, starts, ends = (list(column) if len(column) > 1 else column[0] for column in zip(*numbers, strict=True))
     expected = drawn_by_diffusers(
@@ -106,6 +113,7 @@ def test_pictures_are_those_of_diffusers(pipe, nets, files, numbers):
         control_guidance_start=starts,
         control_guidance_end=ends,
     )
+    optimizations.apply(pipe, names)
     plain = pixels(pipe.generate("a red fox", **DRAW))
     control = [Control(pipe.add_control(f), s, *n) for f, s, n in zip(files, shown, numbers, strict=False)]
     drawn = pixels(pipe.generate("a red fox", **DRAW, control=control))

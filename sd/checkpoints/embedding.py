@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sd.checkpoints.errors import CheckpointError, StrPath, naming, some
-from sd.checkpoints.files import open_content
+from sd.checkpoints.files import check_size, open_content
 from sd.checkpoints.layouts import BY_TEXT_WIDTH
 
 UNNAMED = ("emb_params", "clip_l", "*")
@@ -29,6 +29,7 @@ def read_embeddings(path: StrPath, width: int) -> dict[str, Tensor]:
         found = _words(open_content(Path(path)), Path(path).stem)
         if not found:
             raise CheckpointError("holds no learned word (textual inversion)")
+        check_size(found.values(), Path(path).stat().st_size)
         return {word: vectors_of(word, tensor, width) for word, tensor in found.items()}
 
 

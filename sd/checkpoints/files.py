@@ -1,11 +1,12 @@
 """From a file, or an index and the files beside it, to tensors by name: the first bytes decide how it is read."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, strided
 
 from sd.checkpoints.errors import CheckpointError, damaged, naming, some
 from sd.checkpoints.layouts import with_text_level
@@ -48,6 +49,12 @@ def open_content(path: Path) -> object:
         if (reader := _reader(head)) is _read_safetensors:
             return _read_safetensors(path).tensors
         return zip_content(path) if reader is _read_zip else legacy_content(path)
+
+
+def check_size(tensors: Iterable[Tensor], size: int) -> None:
+    """Raise CheckpointError for what claims more bytes than its file has: a pickle can, with strides of 0."""
+    if (claimed := sum(tensor.nbytes for tensor in tensors if tensor.layout == strided)) > size:
+        raise CheckpointError(f"claims {claimed} bytes of weights in a file of {size}")
 
 
 def _head(path: Path) -> bytes:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sd.checkpoints.diffusers_names import unet_paths
 from sd.checkpoints.embedding import vectors_of
 from sd.checkpoints.errors import CheckpointError, StrPath, naming, some
-from sd.checkpoints.files import open_checkpoint
+from sd.checkpoints.files import check_size, open_checkpoint
 from sd.checkpoints.layouts import BY_TEXT_WIDTH
 from sd.clip import CLIP
 from sd.unet import BasicTransformerBlock, UNet
@@ -44,10 +44,10 @@ class Change:
         try:
             Change({name: tensor.to("meta") for name, tensor in self.tensors.items()})._delta().reshape(shape)
             fits = magnitude is None or magnitude.numel() in shape[:2]
-        except RuntimeError:
+        except (RuntimeError, IndexError):  # IndexError: of a tensor without axes
             fits = False
         if not fits:
-            shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.tensors.items() if t.ndim)
+            shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.tensors.items() if name != "alpha")
             raise CheckpointError(f"{shapes} do not fit a weight of {tuple(shape)}")
 
     def applied(self, weight: Tensor, strength: float) -> Tensor:
@@ -152,6 +152,7 @@ def read_lora(path: StrPath, unet: UNet, clip: CLIP) -> Adapter:
     """
     with naming(path):
         opened = open_checkpoint(Path(path))
+        check_size(opened.tensors.values(), opened.size)
         return _adapter(opened.tensors, opened.metadata, unet, clip)
 
 
@@ -210,6 +211,8 @@ def _checked(name: str, own: Tensors) -> Tensors:
     for short, tensor in own.items():
         if tensor.layout != torch.strided or not (tensor.is_floating_point() or short == "alpha"):
             raise CheckpointError(f"{name}.{short} is not a plain tensor of floating-point numbers")
+        if short == "alpha" and tensor.numel() != 1:
+            raise CheckpointError(f"{name}.alpha is {tuple(tensor.shape)}, not one number")
         if tensor.numel() == 0 or not tensor.float().isfinite().all():
             raise CheckpointError(f"{name}.{short} is empty, or holds NaN or infinite numbers")
     return own

@@ -10,7 +10,7 @@ would throw away what another one did is refused, both named. The models and the
 """
 
 import functools
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sd.checkpoints.stamps import Stamp
 from sd.guidance import Call
 from sd.model_loader import read_weights
+from sd.models import build
 
 if TYPE_CHECKING:
     from sd.pipeline import StableDiffusion
@@ -102,7 +103,8 @@ class Optimization:
 
     name: as --opt takes it. function(patch[, value]) applies it. value: reads what follows `name=`, raising ValueError;
     None if it takes none. hint: how a value looks. conflicts: names that cannot stand beside it. dtype: the pipeline's
-    afterwards, if it changes that.
+    afterwards, if it changes that. beside: what it does to a ControlNet, where that is not the same function with the
+    ControlNet in the UNet's place (beside.py); text says why it is nothing.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Optimization:
     value: Callable[[str], Any] | None = None
     hint: str = ""
     dtype: torch.dtype | None = None
+    beside: Callable[..., None] | str | None = None
 
     @property
     def doc(self) -> str:
@@ -197,6 +200,11 @@ def added(conv: nn.Module, x: Tensor, shift: Tensor | None = None, residual: Ten
     return y if residual is None else y + residual
 
 
+def each(function: Callable[[Tensor], Tensor], answer: Tensor | Sequence[Tensor]) -> Any:
+    """function of a network's answer: of a UNet's tensor, or of all that a ControlNet has found."""
+    return function(answer) if isinstance(answer, Tensor) else [function(one) for one in answer]
+
+
 def keep(places: dict[Hashable, Tensor], key: Hashable, value: Tensor) -> None:
     """Copy to places[key], whose memory stays where it is: there captured graphs read what others of them have left."""
     place = places.get(key)
@@ -262,6 +270,7 @@ class Record:
 
     def __init__(self, pipe: "StableDiffusion"):
         self.pipe = pipe
+        self.clip, self.unet, self.vae = pipe.clip, pipe.unet, pipe.vae
         self.patches: list[Patch] = []
         self._hook: Any = None
 
@@ -270,19 +279,22 @@ class Record:
         if self._hook is None:
             # A function, since a method's object would be copied with the UNet.
             before = lambda unet, inputs, named: self._before_call(unet, inputs, named)  # noqa: E731
-            self._hook = self.pipe.unet.register_forward_pre_hook(before, with_kwargs=True)
-        self.patches.append(Patch(self, name))
+            self._hook = self.unet.register_forward_pre_hook(before, with_kwargs=True)
+        self.patches.append(self.new_patch(name))
         return self.patches[-1]
 
+    def new_patch(self, name: str) -> "Patch":
+        return Patch(self, name)
+
     def _before_call(self, unet: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
-        if unet is not self.pipe.unet:  # whose modules and derived weights it would use
+        if unet is not self.unet:  # whose modules and derived weights it would use
             raise OptimizationError(
                 "this UNet is a copy of an optimized one: undo the optimizations, copy, apply again"
             )
         self.refresh(inputs[2] if len(inputs) > 2 else named["context"])
 
     def parts(self) -> dict[str, nn.Module]:
-        return {"clip": self.pipe.clip, "unet": self.pipe.unet, "vae": self.pipe.vae}
+        return {"clip": self.clip, "unet": self.unet, "vae": self.vae}
 
     def refresh(self, context: Tensor) -> None:
         """Bring all that is derived from weights or text up to date: for whoever runs the UNet without calling it."""
@@ -347,9 +359,9 @@ class Record:
         }
 
 
-def record_of(pipe: "StableDiffusion") -> Record | None:
-    """What was done to a pipeline, or None."""
-    return vars(pipe).get("record")
+def record_of(owner: object) -> Record | None:
+    """What was done to a pipeline, or to a ControlNet; or None."""
+    return vars(owner).get("record")
 
 
 def assign(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -366,7 +378,8 @@ class Patch:
         self.record = record
         self.name = name
         self.pipe = record.pipe
-        self.clip, self.unet, self.vae = self.pipe.clip, self.pipe.unet, self.pipe.vae
+        self.clip, self.unet, self.vae = record.clip, record.unet, record.vae
+        self.again: Callable[[Patch], None] | str | None = None  # the same for a ControlNet, or why it is nothing
         self.call: Call = self.pipe.call
         self.changes = 0
         self.before: dict[int, Before] = {}  # by id of the owner
@@ -443,16 +456,20 @@ class Patch:
         Undone, they are read from the checkpoint's file again. back() is called in place of that where there is no
         file, or where they were written to since; without it, what was written is lost, and no file is an error.
         """
-        part = next(name for name, one in self.record.parts().items() if one is model)
         names = tuple(names if names is not None else dict(model.named_parameters()))
-        # What another switch has converted comes from the file again, if it was the file's then.
+        if not names:
+            return
+        part = next(name for name, one in self.record.parts().items() if one is model)
+        self.converted.append(Converted(part, names, back, self._are_the_files(part, names)))
+        self.converted[-1].before = self.record.stamp(self.converted[-1])
+        self.changes += 1
+
+    def _are_the_files(self, part: str, names: Collection[str]) -> bool:
+        """What another switch has converted comes from the file again, if it was the file's then."""
         earlier = {
             f"{one.part}.{n}" for p in self.record.patches for one in p.converted if one.from_file for n in one.names
         }
-        from_file = self.pipe.as_loaded({f"{part}.{name}" for name in names} - earlier)
-        self.converted.append(Converted(part, names, back, from_file))
-        self.converted[-1].before = self.record.stamp(self.converted[-1])
-        self.changes += 1
+        return self.pipe.as_loaded({f"{part}.{name}" for name in names} - earlier)
 
     def before_predict(self, refresh: Refresh) -> None:
         """Have refresh(context) run before each call of the UNet, outside of what is compiled or captured.
@@ -477,6 +494,21 @@ class Patch:
     def key(self, key: Callable[[Call], object]) -> None:
         """key(call) is what a captured graph of the UNet must tell apart."""
         self.keys.append(key)
+
+    # What it is told.
+
+    @property
+    def share(self) -> float:
+        """Of what is meant for the UNet, as a budget of memory, the part for this network."""
+        return 1.0
+
+    def twin(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        """The plain network on the meta device, and what it is called with: both halves, at the trained size."""
+        config = self.pipe.config
+        side = config.image_size // config.vae.downsampling
+        x = torch.empty(2, config.unet.in_channels, side, side, device="meta")
+        context = torch.empty(2, config.text.max_length, config.unet.context_dim, device="meta")
+        return build(config)[1], (x, torch.empty(2, dtype=torch.int64, device="meta"), context)
 
     # How it is recorded and taken back.
 

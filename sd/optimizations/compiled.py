@@ -10,7 +10,7 @@ from torch import nn
 
 from sd.optimizations.base import Patch, Stage, one_of, optimization
 from sd.pipeline import StableDiffusion
-from sd.unet import ResBlock, SpatialTransformer, UNet
+from sd.unet import ResBlock, SpatialTransformer
 
 COMPILE_TARGETS = ("blocks", "unet", "max-autotune")
 
@@ -45,7 +45,7 @@ def compile_models(patch: Patch, target: str = "blocks") -> None:
     patch.around("generate", lambda generate: _reporting(patch.pipe, generate))
 
 
-def _compiled_modules(unet: UNet, target: str) -> list[nn.Module]:
+def _compiled_modules(unet: nn.Module, target: str) -> list[nn.Module]:
     if target != "blocks":
         return [unet]
     return [m for m in unet.modules() if isinstance(m, (ResBlock, SpatialTransformer))]

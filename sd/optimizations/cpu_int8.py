@@ -63,6 +63,7 @@ PROMPTS = (
     needs=SHORT,
     conflicts=(*BESIDE_NONE, "cpu-bf16"),
     dtype=torch.float32,
+    beside=put_in,
 )
 def cpu_int8(
     patch: Patch,
@@ -75,8 +76,9 @@ def cpu_int8(
     activations. Approximate.
 
     The pipeline first draws `steps` steps of each prompt at size x size pixels (None: the trained size) while observers
-    note the ranges. layers: names of modules of the UNet; None is all that `candidates` finds. Helps: a product of int8
-    takes half the time of one of bf16. Hurts: the picture; and the start, by the steps that are drawn.
+    note the ranges. layers: names of modules of the UNet; None is all that `candidates` finds. A ControlNet does not
+    run then, and has cpu-bf16. Helps: a product of int8 takes half the time of one of bf16. Hurts: the picture; and the
+    start, by the steps that are drawn.
     """
     put_in(patch)
     found = dict(candidates(patch.unet))

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
+from sd.controlnet import ControlNet
 from sd.guidance import Call
 from sd.optimizations.base import Patch, Stage, at_least, keep, optimization
 from sd.optimizations.staged_unet import StagedUNet
@@ -14,7 +15,8 @@ class DeepFeatures:
     """Runs the deep levels only at every `interval`-th step (Ma et al. 2023, "DeepCache").
 
     In between it runs the `SHALLOW` outermost blocks on each side, which see the new latents, and gives them what the
-    deep levels made of earlier ones. So do residuals of ControlNets: those of the deep levels with these.
+    deep levels made of earlier ones. So do residuals of ControlNets: those of the deep levels come with these, and in
+    between there are those of the outermost blocks.
     """
 
     SHALLOW = 1
@@ -63,6 +65,27 @@ class DeepFeatures:
         return unet.up(x, emb, context, skips, 0, border)
 
 
+class ShallowControlNet(ControlNet):
+    """In the steps in between it finds what the outermost block is given, alone: nobody asks for the rest."""
+
+    kernel = "the outermost block alone in between"
+    deep: DeepFeatures
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> list[Tensor]:
+        if not self.deep.reuses(self.deep.call):
+            return super().forward(x, t, context, hint)
+        x = self.input_blocks[0](x[:, : self.in_channels], self.time_embed(t, x), context) + hint
+        return [self.zero_convs[0](x)]
+
+
+def shallow_control(patch: Patch, interval: int = 3) -> None:
+    """A ControlNet as deep as the UNet is in each step."""
+    deep = DeepFeatures(interval, patch.call)
+    patch.swap(patch.unet, ShallowControlNet, deep=deep)
+    patch.before_predict(deep.start)
+    patch.key(deep.reuses)
+
+
 @optimization(
     "deepcache",
     stage=Stage.REUSE,
@@ -70,6 +93,7 @@ class DeepFeatures:
     summary="deep levels of the UNet at every N-th step only",
     value=at_least(1),
     hint="N",
+    beside=shallow_control,
 )
 def deepcache(patch: Patch, interval: int = 3) -> None:
     """The deep levels of the UNet at every N-th step only; in between, their last features serve again. Approximate.

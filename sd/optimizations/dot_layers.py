@@ -370,7 +370,8 @@ def put_in(patch: Patch) -> None:
         patch.swap(module, DotAttnBlock, packed=Packed(projections), last=Packed((module.proj_out,)))
         patch.set(module, "attend", dot_attention, label="C++ bf16")
         patch.within(*projections, module.proj_out)
-    patch.swap(patch.unet.out, DotHead)
+    if hasattr(patch.unet, "out"):  # a ControlNet has none
+        patch.swap(patch.unet.out, DotHead)
     _all_else_in_fp32(patch, {id(layer.weight) for layer in layers})
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sd.attention import attention, naive_attention
 from sd.kernels import native
 from sd.optimizations.base import SEAMS, Record, record_of
+from sd.optimizations.beside import Beside
 from sd.pipeline import StableDiffusion
 
 PLAIN = "PyTorch"
@@ -53,8 +54,9 @@ class Explanation:
 def explain(pipe: StableDiffusion) -> Explanation:
     """What runs in each layer, attention and swapped block; modules alike but for their number share a row."""
     record = record_of(pipe) or Record(pipe)
+    beside = [record_of(net) or Beside(pipe, net) for net in pipe.controlnets.loaded.values()]
     counts: dict[tuple, int] = {}
-    for row in _rows(record):
+    for row in (row for each in (record, *beside) for row in _rows(each)):
         counts[row] = counts.get(row, 0) + 1
     alike = tuple(Row(module, count, *rest) for (module, *rest), count in counts.items())
     rows = (*_seams(record), *alike)

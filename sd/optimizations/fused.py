@@ -244,10 +244,12 @@ def fused_norm(patch: Patch) -> None:
     for module in [m for model in (patch.unet, patch.vae) for m in model.modules()]:
         if isinstance(module, SpatialTransformer | AttnBlock):
             patch.swap(module.norm, FusedGroupNorm, gpu=gpu)
-    patch.swap(patch.unet.out[0], FusedGroupNormSiLU, gpu=gpu)
-    patch.swap(patch.unet.out[1], nn.Identity)
-    patch.swap(patch.vae.decoder, FusedDecoder, gpu=gpu)
-    patch.within(patch.vae.decoder.norm_out)
+    if hasattr(patch.unet, "out"):  # a ControlNet has none
+        patch.swap(patch.unet.out[0], FusedGroupNormSiLU, gpu=gpu)
+        patch.swap(patch.unet.out[1], nn.Identity)
+    for decoder in [module for module in patch.vae.modules() if isinstance(module, Decoder)]:
+        patch.swap(decoder, FusedDecoder, gpu=gpu)
+        patch.within(decoder.norm_out)
 
 
 @optimization(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sd.checkpoints.stamps import address
 from sd.guidance import Conditions
 from sd.noise import PictureNoise
-from sd.optimizations.base import NVIDIA, OptimizationError, Patch, Record, Stage, optimization
+from sd.optimizations.base import NVIDIA, OptimizationError, Patch, Record, Stage, each, optimization, record_of
 from sd.samplers import Sampler
 from sd.schedules import Schedule
 from sd.start import Blend
@@ -81,7 +81,7 @@ def _shapes(tensors: Sequence[Tensor]) -> tuple:
 
 
 class Graphed:
-    """A function of tensors as a CUDA graph for each shape; what it returns is the caller's own.
+    """A function of tensors as a CUDA graph for each shape; what it returns, also several tensors, is the caller's own.
 
     key() is whatever else decides what the function does, such as the phase of a cache.
     """
@@ -98,7 +98,7 @@ class Graphed:
         for place, value in zip(recording.inputs, inputs, strict=True):
             place.copy_(value)
         recording.replay()
-        return recording.output.clone()
+        return each(torch.clone, recording.output)
 
 
 # ---- noise without waiting
@@ -192,9 +192,11 @@ class GraphedLoop:
 
         given = [getattr(conditions, name) for name in told] + hints + [getattr(blend, name) for name in kept]
         inputs = (x, AsyncNoise(noise).draw(count_draws(sampler, schedule), x), *given)
-        others = tuple((one.network, one.weight, one.start, one.end) for one in conditions.residuals)
+        beside = filter(None, (record_of(one.network) for one in conditions.residuals))
+        for done in (self.done, *beside):  # first, since weights that are packed anew move
+            done.refresh(conditions.context)
+        others = tuple((o.network, addresses(o.network), o.weight, o.start, o.end) for o in conditions.residuals)
         key = (_shapes(inputs), *told, others, conditions.scale, sampler, schedule, blend and blend.schedule)
-        self.done.refresh(conditions.context)  # first, since weights that are packed anew move
         recording = self.recordings.get(key, loop, inputs)
         for place, value in zip(recording.inputs, inputs, strict=True):
             place.copy_(value)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sd.guidance import Call
-from sd.optimizations.base import Patch, Stage, optimization
+from sd.optimizations.base import Patch, Stage, each, optimization
 
 
 class GuidanceInterval:
@@ -47,7 +47,7 @@ class GuidanceInterval:
                     return predict(x, t, context, *residuals)
             with self.call.halves(alike=False, anew=anew):
                 eps = predict(x.chunk(2)[1], t, self.conditional, *(r.chunk(2)[1] for r in residuals))
-            return torch.cat([eps, eps])
+            return each(lambda one: torch.cat([one, one]), eps)
 
         return forward
 

@@ -8,6 +8,8 @@ from sd.optimizations.base import OptimizationError, Patch, Stage, optimization
 
 log = logging.getLogger(__name__)
 
+AS_THE_PIPELINE = ""  # a ControlNet is read in the pipeline's dtype: nothing is left to do, or to say
+
 
 def _cast(patch: Patch, dtype: torch.dtype) -> None:
     if patch.pipe.dtype == dtype:
@@ -19,7 +21,12 @@ def _cast(patch: Patch, dtype: torch.dtype) -> None:
 
 
 @optimization(
-    "fp16", stage=Stage.PRECISION, exact=False, summary="weights and activations in fp16", dtype=torch.float16
+    "fp16",
+    stage=Stage.PRECISION,
+    exact=False,
+    summary="weights and activations in fp16",
+    dtype=torch.float16,
+    beside=AS_THE_PIPELINE,
 )
 def fp16(patch: Patch) -> None:
     """Weights and activations in fp16. Approximate; what CUDA devices start with.
@@ -36,6 +43,7 @@ def fp16(patch: Patch) -> None:
     summary="weights and activations in bf16",
     conflicts=("fp16",),
     dtype=torch.bfloat16,
+    beside=AS_THE_PIPELINE,
 )
 def bf16(patch: Patch) -> None:
     """Weights and activations in bf16: the range of fp32, and 8 bits of precision where fp16 has 11. Approximate.

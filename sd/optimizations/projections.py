@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sd.attention import merge_heads, split_heads
 from sd.checkpoints.stamps import address
 from sd.optimizations.base import Patch, Stage, optimization, product_of
-from sd.unet import BasicTransformerBlock, CrossAttention, UNet
+from sd.unet import BasicTransformerBlock, CrossAttention
 
 
 class Packed:
@@ -85,7 +85,7 @@ def packed_qkv(patch: Patch) -> None:
         patch.before_predict(packed.refresh)
 
 
-def _packs(unet: UNet) -> Iterator[tuple[str, CrossAttention, type[CrossAttention], tuple[str, ...]]]:
+def _packs(unet: nn.Module) -> Iterator[tuple[str, CrossAttention, type[CrossAttention], tuple[str, ...]]]:
     """The attentions of the UNet: path, module, the class for it, and the projections that it packs."""
     for path, block in unet.named_modules():
         if isinstance(block, BasicTransformerBlock):

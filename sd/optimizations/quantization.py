@@ -241,9 +241,9 @@ def _apply_torchao(patch: Patch, scheme: str, layers: Collection[str] | None) ->
         "int8_dynamic": tao.Int8DynamicActivationInt8WeightConfig,
         "float8": tao.Float8DynamicActivationFloat8WeightConfig,
     }
-    names = set(chosen_layers(patch.pipe, scheme, layers))
+    names = set(chosen_layers(patch.pipe, scheme, layers, unet))
     done = Quantization(scheme, tuple(sorted(names)), weights=digest(unet, names))
-    with logged_size(patch.pipe):
+    with logged_size(unet):
         patch.converts(unet, [f"{name}.weight" for name in done.layers])
         for name in names:
             patch.touch(unet.get_submodule(name))
@@ -352,6 +352,7 @@ def _sharing_weights(cls: type[nn.Module], plain: nn.Module, *args: int) -> nn.M
     summary="int8 attention and feed-forward, calibrated",
     needs=CPU,
     conflicts=("compile", "fused-geglu", "fused-layernorm", "fp16", "bf16"),
+    beside="its ranges are found without a control",
 )
 def int8_static(
     patch: Patch,
@@ -378,7 +379,7 @@ def int8_static(
     unet = patch.unet
     names = chosen_layers(patch.pipe, "int8_static", layers)
     done = Quantization("int8_static", tuple(names), engine, not has_vnni(), digest(unet, names))
-    with logged_size(patch.pipe):
+    with logged_size(unet):
         plain = _prepare(unet, names, done.reduce_range)
         try:
             calibrate(patch.pipe, prompts, steps, size)
@@ -514,21 +515,25 @@ def _is_large(linear: nn.Linear) -> bool:
     return min(linear.in_features, linear.out_features) >= MIN_FEATURES
 
 
-def default_layers(pipe: StableDiffusion, scheme: str) -> list[str]:
+def default_layers(pipe: StableDiffusion, scheme: str, unet: nn.Module | None = None) -> list[str]:
     """The candidates but for those that `bench/sensitivity.py` measured to be not worth it for this model."""
     measured = json.loads(FILTER_FILE.read_text()) if FILTER_FILE.exists() else {}
     skip = measured.get(pipe.config.name, {}).get(scheme, {}).get("skip", [])
-    return [name for name in candidates(pipe.unet, scheme) if name not in skip]
+    return [name for name in candidates(unet or pipe.unet, scheme) if name not in skip]
 
 
-def chosen_layers(pipe: StableDiffusion, scheme: str, layers: Collection[str] | None) -> list[str]:
-    if done := getattr(pipe.unet, "quantization", None):
+def chosen_layers(
+    pipe: StableDiffusion, scheme: str, layers: Collection[str] | None, unet: nn.Module | None = None
+) -> list[str]:
+    """Of the pipeline's UNet, or of a ControlNet, whose layers have the same names."""
+    unet = unet or pipe.unet
+    if done := getattr(unet, "quantization", None):
         raise OptimizationError(f"the UNet is quantized already, by {done.switch}; undo that first")
     if layers is None:
-        names = default_layers(pipe, scheme)
+        names = default_layers(pipe, scheme, unet)
     else:
         names = list(layers)
-        if unknown := set(names) - set(candidates(pipe.unet, scheme)):
+        if unknown := set(names) - set(candidates(unet, scheme)):
             raise OptimizationError(f"{scheme} cannot take {', '.join(sorted(unknown))}")
     if not names:
         raise OptimizationError(f"{scheme} finds no layer to quantize in this UNet")
@@ -558,11 +563,10 @@ def _tensor_bytes(tensor: Tensor) -> int:
 
 
 @contextmanager
-def logged_size(pipe: StableDiffusion) -> Iterator[None]:
-    before = weight_bytes(pipe)["unet"]
+def logged_size(model: nn.Module) -> Iterator[None]:
+    before = _model_bytes(model)
     yield
-    after = weight_bytes(pipe)["unet"]
-    log.info("UNet weights %.0f MB -> %.0f MB", before / 1e6, after / 1e6)
+    log.info("%s weights %.0f MB -> %.0f MB", type(model).__name__, before / 1e6, _model_bytes(model) / 1e6)
 
 
 def static_tensors(part: nn.Module) -> dict[str, Tensor]:

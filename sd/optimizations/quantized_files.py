@@ -17,7 +17,7 @@ from torch.ao.quantization import DeQuantStub, QuantStub
 from sd.kernels.dots import Scale
 from sd.optimizations.base import Record, in_the_weights_mode, record_of
 from sd.optimizations.cpu_int8 import put_in_with, scales_of
-from sd.optimizations.dot_layers import SHORT
+from sd.optimizations.dot_layers import SHORT, put_in
 from sd.optimizations.quantization import (
     FLOAT8,
     STATIC_TWINS,
@@ -89,9 +89,10 @@ def load_quantized(pipe: StableDiffusion, path: str | os.PathLike) -> None:
     record = record_of(pipe) or Record(pipe)
     patch = record.patch(done.switch)
     try:
-        with logged_size(pipe):
+        with logged_size(pipe.unet):
             with _readable(path):
                 if done.scheme == "cpu_int8":
+                    patch.again = put_in
                     put_in_with(patch, {name: Scale(*tensors[name].tolist()) for name in names})
                     new = {}
                 elif done.scheme == "int8_static":

@@ -9,7 +9,7 @@ import logging
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +27,7 @@ from sd.optimizations.base import (
     in_the_weights_mode,
     record_of,
 )
+from sd.optimizations.beside import reach
 from sd.pipeline import StableDiffusion
 
 log = logging.getLogger(__name__)
@@ -235,6 +236,12 @@ def apply(
             left_out.append((choice, str(error).removeprefix(f"{choice.name} ")))
         else:
             applied.append((choice, patch))
+    try:
+        pipe.controlnets.prepare_with(pipe, partial(reach, record))
+    except BaseException as error:
+        pipe.controlnets.as_in_files()
+        _roll_back(pipe, record, [patch for _, patch in applied], applied, error)
+        raise
     if record.patches:
         pipe.record = record
     pipe.optimizations = [choice.text for choice, _ in applied]
@@ -246,10 +253,13 @@ def apply(
 def _apply_one(choice: Choice, patch: Patch) -> None:
     if missing := choice.optimization.needs.why_not(patch.pipe):  # as those before it have left the pipeline
         raise OptimizationError(f"{choice.name} needs {choice.optimization.needs.text}; {missing}")
-    choice.optimization.function(patch, *choice.arguments)
+    one = choice.optimization
+    one.function(patch, *choice.arguments)
     if not patch.changes:
         raise OptimizationError(f"{choice.name} finds nothing left to do in this pipeline, which is {here(patch.pipe)}")
     patch.finish()
+    beside = one.function if one.beside is None else one.beside
+    patch.again = (lambda other: beside(other, *choice.arguments)) if callable(beside) else beside
 
 
 def _roll_back(
@@ -323,6 +333,7 @@ def undo(pipe: StableDiffusion) -> None:
     """
     if record := record_of(pipe):
         record.undo()
+        pipe.controlnets.as_in_files()
         del pipe.record
         pipe.optimizations = []
         pipe.loras.again(pipe)
@@ -355,7 +366,7 @@ def weights_changed(pipe: StableDiffusion) -> None:
 
     What is written in place or loaded, under no_grad, is noticed without this.
     """
-    for model in (pipe.clip, pipe.unet, pipe.vae):
+    for model in (pipe.clip, pipe.unet, pipe.vae, *pipe.controlnets.loaded.values()):
         touch(model.parameters())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sd.guidance import Call
 from sd.optimizations.base import Patch, Stage, optimization
-from sd.unet import SpatialTransformer, UNet
+from sd.unet import SpatialTransformer
 
 
 def on_one_half(forward: Callable[..., Tensor], call: Call) -> Callable[..., Tensor]:
@@ -29,7 +29,7 @@ def on_one_half(forward: Callable[..., Tensor], call: Call) -> Callable[..., Ten
     return shared
 
 
-def before_the_text(unet: UNet) -> Iterator[nn.Module]:
+def before_the_text(unet: nn.Module) -> Iterator[nn.Module]:
     """The layers before the first transformer, and its first self-attention."""
     for layer in (layer for block in unet.input_blocks for layer in block):
         if isinstance(layer, SpatialTransformer):

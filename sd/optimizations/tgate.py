@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sd.guidance import Call
-from sd.optimizations.base import Patch, Stage, at_least, keep, optimization
+from sd.optimizations.base import Patch, Stage, at_least, each, keep, optimization
 from sd.unet import BasicTransformerBlock
 
 OPEN, KEEPING, CLOSED = "open", "keeping", "closed"
@@ -43,7 +43,7 @@ class Gate:
                     return predict(x, t, context, *residuals)
             with self.call.halves(alike=False, anew=anew):
                 eps = predict(x.chunk(2)[1], t, context.chunk(2)[1], *(r.chunk(2)[1] for r in residuals))
-            return torch.cat([eps, eps])
+            return each(lambda one: torch.cat([one, one]), eps)
 
         return forward
 
@@ -68,6 +68,14 @@ def mean_of_halves(y: Tensor) -> Tensor:
     return (unconditional + conditional) / 2
 
 
+def half_of_controls(patch: Patch, step: int = 10) -> None:
+    """Of a ControlNet, the half that is used. It attends to the text in every step: it may begin to act after the one
+    that keeps."""
+    gate = Gate(patch.call, step)
+    patch.around("predict", gate.around_predict)
+    patch.key(gate.phase_of)
+
+
 @optimization(
     "tgate",
     stage=Stage.GUIDANCE,
@@ -76,6 +84,7 @@ def mean_of_halves(y: Tensor) -> Tensor:
     value=at_least(1),
     hint="STEP",
     conflicts=("guidance-interval",),
+    beside=half_of_controls,
 )
 def tgate(patch: Patch, step: int = 10) -> None:
     """From a step on, counted from 0, each cross-attention gives what it gave at the step before, the mean of both

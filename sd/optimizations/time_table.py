@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from sd.checkpoints.stamps import Stamp
 from sd.optimizations.base import Patch, Stage, optimization
-from sd.optimizations.staged_unet import StagedUNet
 from sd.schedules import TRAIN_STEPS
-from sd.unet import ResBlock, UNet, timestep_embedding
+from sd.unet import ResBlock, TimeEmbed, timestep_embedding
 
 
 class TimeSlice(nn.Sequential):
@@ -24,13 +23,22 @@ class TimeSlice(nn.Sequential):
         return emb[:, self.start : self.stop]
 
 
+class TableTimeEmbed(TimeEmbed):
+    """Rows of the table for all residual blocks, in place of what they would compute them from."""
+
+    kernel = "timestep from a table"
+    table: "TimeTable"
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.table(t)
+
+
 class TimeTable:
     """What every residual block adds at every timestep: 1000 rows of E numbers, 40 MB for SD 1.5 in fp16."""
 
-    def __init__(self, unet: UNet):
-        self.model_channels = unet.model_channels
-        self.time_embed = unet.time_embed
-        self.blocks = [m.emb_layers for m in unet.modules() if isinstance(m, ResBlock)]
+    def __init__(self, time_embed: TimeEmbed, blocks: list[nn.Sequential]):
+        self.time_embed = time_embed
+        self.blocks = blocks
         self.rows: Tensor | None = None
         self.stamp: Stamp | None = None
 
@@ -49,8 +57,8 @@ class TimeTable:
         self.stamp = current
 
     def _compute(self, t: Tensor) -> Tensor:
-        sinusoids = timestep_embedding(t, self.model_channels).to(self.time_embed[0].weight.dtype)
-        emb = self.time_embed(sinusoids)
+        sinusoids = timestep_embedding(t, self.time_embed.channels).to(self.time_embed[0].weight.dtype)
+        emb = nn.Sequential.forward(self.time_embed, sinusoids)
         return torch.cat([nn.Sequential.forward(block, emb) for block in self.blocks], dim=1)
 
 
@@ -60,8 +68,10 @@ def time_cache(patch: Patch) -> None:
 
     Helps: some 60 small kernels a step. Hurts: a single picture on a CPU, where the table costs half a second; 40 MB.
     """
-    table = TimeTable(patch.unet)
-    patch.swap(patch.unet, StagedUNet, time_table=table)
+    time_embed = patch.unet.time_embed
+    table = TimeTable(time_embed, [m.emb_layers for m in patch.unet.modules() if isinstance(m, ResBlock)])
+    patch.swap(time_embed, TableTimeEmbed, table=table)
+    patch.seldom("once a model", time_embed[0], time_embed[2])
     start = 0
     for layers in table.blocks:
         stop = start + layers[1].out_features

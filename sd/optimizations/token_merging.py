@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd.optimizations.base import Patch, Stage, optimization
-from sd.unet import Downsample, SpatialTransformer, UNet, Upsample
+from sd.unet import Downsample, SpatialTransformer, Upsample
 
 
 def partition(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,9 +116,11 @@ class Merging:
         return attention
 
 
-def finest(unet: UNet) -> Iterator[SpatialTransformer]:
-    """The transformers at the latents' own resolution: before the first downsampling and after the last upsampling."""
-    for blocks, border in ((unet.input_blocks, Downsample), (reversed(unet.output_blocks), Upsample)):
+def finest(unet: nn.Module) -> Iterator[SpatialTransformer]:
+    """The transformers at the latents' own resolution: before the first downsampling and after the last upsampling,
+    if there is a way up, as a ControlNet has none."""
+    up = getattr(unet, "output_blocks", ())
+    for blocks, border in ((unet.input_blocks, Downsample), (reversed(up), Upsample)):
         for block in blocks:
             if any(isinstance(layer, border) for layer in block):
                 break

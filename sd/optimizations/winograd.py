@@ -35,7 +35,6 @@ from sd.checkpoints.stamps import Stamp
 from sd.kernels import native
 from sd.models import build
 from sd.optimizations.base import CPU_FP32, Patch, Stage, optimization
-from sd.pipeline import StableDiffusion
 
 log = logging.getLogger(__name__)
 
@@ -297,18 +296,16 @@ def grids(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[str, int]
 STEPS = 20  # calls of the UNet for one of the VAE's decoder, to weigh their layers
 
 
-def _uses(pipe: StableDiffusion) -> Iterator[Use]:
-    config = pipe.config
-    _, unet_, vae_ = build(config)  # on the meta device, where nothing is computed
-    side = config.image_size // config.vae.downsampling
-    x = torch.empty(2, config.unet.in_channels, side, side, device="meta")
-    context = torch.empty(2, config.text.max_length, config.unet.context_dim, device="meta")
-    t = torch.empty(2, dtype=torch.int64, device="meta")
-    for name, positions in grids(unet_, (x, t, context)):
-        if is_winograd(layer := pipe.unet.get_submodule(name)):  # and no other switch's
+def _uses(patch: Patch) -> Iterator[Use]:
+    twin, inputs = patch.twin()  # on the meta device, where nothing is computed
+    for name, positions in grids(twin, inputs):
+        if is_winograd(layer := patch.unet.get_submodule(name)):  # and no other switch's
             yield _use(layer, positions, STEPS)
-    for name, positions in grids(vae_.decoder, (x[:1, : config.vae.z_channels],)):
-        if is_winograd(layer := pipe.vae.decoder.get_submodule(name)):
+    if not hasattr(patch.vae, "decoder"):
+        return
+    config = patch.pipe.config
+    for name, positions in grids(build(config)[2].decoder, (inputs[0][:1, : config.vae.z_channels],)):
+        if is_winograd(layer := patch.vae.decoder.get_submodule(name)):
             yield _use(layer, positions, 1)
 
 
@@ -342,21 +339,22 @@ def _gigabytes(text: str) -> float:
 def winograd(patch: Patch, gigabytes: float = 3.4) -> None:
     """3x3 convolutions with a quarter of the multiplications, by Winograd's F(4x4,3x3). Exact.
 
-    gigabytes: what the transformed kernels may take beside the weights; F(2x2,3x3) or the direct way where they would
+    gigabytes: what the UNet's and the VAE's transformed kernels may take beside the weights, and a ControlNet's in
+    proportion to its size; F(2x2,3x3) or the direct way where they would
     take more. Helps: convolutions, half of a step on CPUs. Hurts: memory; where there is no C++ compiler, PyTorch's
     own operations do it, and gain less.
     """
     in_cpp = native.load() is not None
     rates = native_rates() if in_cpp else Rates()
-    uses = list(_uses(patch.pipe))
-    chosen = plan(uses, int(gigabytes * 1e9), rates)
-    upsampled = {module.conv for kind in UPSAMPLES for module in patch.modules(kind, patch.unet, patch.vae.decoder)}
+    uses = list(_uses(patch))
+    chosen = plan(uses, int(gigabytes * patch.share * 1e9), rates)
+    upsampled = {module.conv for kind in UPSAMPLES for module in patch.modules(kind, patch.unet, patch.vae)}
     for use in uses:
         layer = use.layer
         takes = in_cpp and layer.in_channels % native.vector() == 0
         own = {"m": chosen[layer], "rates": rates, "native": takes, "kept": use.kept, "kernel_stamp": None}
         patch.swap(layer, WinogradConv, upsampled=layer in upsampled, **own)
     for kind in UPSAMPLES:
-        for module in patch.modules(kind, patch.unet, patch.vae.decoder):
+        for module in patch.modules(kind, patch.unet, patch.vae):
             if isinstance(module.conv, WinogradConv):
                 patch.swap(module, WinogradUpsample)

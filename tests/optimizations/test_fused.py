@@ -10,9 +10,10 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bench.reference.numbers import noise, relative_error
-from bench.reference.weights import tiny_config
+from bench.reference.weights import random_controlnet, tiny_config
 from tests.sparing import sparing
 from tests.weights import random_models
 
@@ -58,6 +59,25 @@ def test_models(names):
         assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True))
     assert relative_error(fast.vae.decode(latents), plain.vae.decode(latents)) < 1e-5
     assert list(fast.unet.state_dict()) == list(plain.unet.state_dict())
+
+
+@interpreted
+@torch.inference_mode()
+def test_controlnets(tmp_path):
+    from sd import optimizations
+    from sd.pipeline import StableDiffusion
+
+    save_file(random_controlnet(SMALL).state_dict(), path := tmp_path / "net.safetensors")
+    plain, fast = (StableDiffusion(SMALL, *random_models(SMALL)) for _ in range(2))
+    optimizations.apply(fast, [*ALL, "split-conv"])
+    found = []
+    for pipe in (plain, fast):
+        net = pipe.controlnets.loaded[pipe.add_control(path)]
+        hint = net.seen(noise(1, 3, 64, 64, seed=2)).repeat(2, 1, 1, 1)
+        found.append(net(noise(2, 4, 8, 8), torch.tensor(541), noise(2, 77, 64, seed=1), hint))
+    assert max(relative_error(a, b) for a, b in zip(*found, strict=True)) < 1e-5
+    rows = [row for row in fast.explain().rows if row.module.startswith("control.")]
+    assert {*FUSED[:-1], "split-conv"} <= {switch for row in rows for switch in row.switches}
 
 
 @interpreted

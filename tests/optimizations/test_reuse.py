@@ -7,7 +7,6 @@ from torch import nn
 
 from bench.reference.numbers import noise, pixels, relative_error
 from sd.pipeline import StableDiffusion
-from sd.unet import timestep_embedding
 from tests.optimizations.stand_in import install
 from tests.optimizations.support import DRAW, inputs
 
@@ -117,7 +116,7 @@ def test_deepcache_is_what_its_paper_defines(make):
     features: list[torch.Tensor] = []
     plain.output_blocks[-2].register_forward_hook(lambda block, args, out: features.append(out))
     assert relative_error(fast(*first), plain(*first)) < 1e-6
-    emb = plain.time_embed(timestep_embedding(t.expand(len(x)), plain.model_channels))
+    emb = plain.time_embed(t, x)
     skip = plain.input_blocks[0](x, emb, context)
     expected = plain.out(plain.output_blocks[-1](torch.cat([features[0], skip], dim=1), emb, context))
     deep = vars(fast)["deep"]
