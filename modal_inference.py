@@ -43,6 +43,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
+from sd import gpus  # noqa: E402
 from sd.pictures import parameters  # noqa: E402
 from sd.pictures.files import DEFAULT, left_to_draw, named, output_files  # noqa: E402
 from sd.pictures.loras import refuse  # noqa: E402
@@ -64,11 +65,17 @@ HOME = "/root"
 WEIGHTS = f"{HOME}/weights"
 CACHE = f"{HOME}/cache"
 CHECKPOINT = "v1-5-pruned-emaonly.safetensors"
-GPUS = (
-    *("T4", "L4", "A10", "L40S", "A100", "A100-40GB", "A100-80GB", "RTX-PRO-6000"),
-    *("H100", "H100!", "H200", "B200", "B200+"),
-)
-"""Modal's names, as its documentation has them."""
+GPUS: dict[str, gpus.Capability] = {
+    "T4": (7, 5),
+    "L4": (8, 9),
+    "A10": (8, 6),
+    "L40S": (8, 9),
+    **dict.fromkeys(("A100", "A100-40GB", "A100-80GB"), (8, 0)),
+    "RTX-PRO-6000": (12, 0),
+    **dict.fromkeys(("H100", "H100!", "H200"), (9, 0)),
+    **dict.fromkeys(("B200", "B200+"), (10, 0)),
+}
+"""Modal's names (https://modal.com/docs/guide/gpu), and what NVIDIA says that each can do. B200+ may be a B300."""
 
 MOST_OF_A_PROMPT = 16
 """Pictures that one call returns; more come through a prompts file, one by one."""
@@ -97,6 +104,19 @@ def check_gpu(name: str) -> str:
     return name.upper()
 
 
+def check_opt(opt: str, gpu: str) -> None:
+    """Of the optimizations that are named, that the GPU, or "none", can run them. Raises UserError.
+
+    What a preset stands for is not looked at: of that, the container leaves out what cannot run there, and says so.
+    """
+    if missing := gpus.lacking(opt, GPUS.get(gpu, gpus.NONE)):
+        name, needs = next(iter(missing.items()))
+        here = "a container without a GPU" if gpu == "none" else f"{gpu} ({gpus.sm(GPUS[gpu])})"
+        raise UserError(
+            f"{name} needs {needs}; this is {here}: choose another GPU, or leave it out of the optimizations"
+        )
+
+
 def read_settings(environment: dict[str, str]) -> dict[str, str]:
     """Raises UserError or ValueError. Containers get the same ones: this file must define the same functions there."""
     defaults = {"SD_GPU": "A10", "SD_CKPT_NAME": CHECKPOINT, "SD_OPT": "default", "SD_AUTH": "proxy"}
@@ -105,6 +125,8 @@ def read_settings(environment: dict[str, str]) -> dict[str, str]:
         settings["SD_GPU"] = check_gpu(settings["SD_GPU"])
     if settings["SD_AUTH"] not in ("proxy", "basic"):
         raise UserError(f'SD_AUTH must be "proxy" or "basic", not {settings["SD_AUTH"]!r}')
+    if modal.is_local():  # a container has another GPU than this where --gpu names one
+        check_opt(settings["SD_OPT"], settings["SD_GPU"])
     limits_from_env(environment)
     return settings | {name: value for name, value in environment.items() if name.startswith("SD_MAX_") and value}
 
@@ -347,6 +369,7 @@ def main(
             raise UserError("say what to draw: --prompt TEXT or --prompts-file FILE, one of them")
         shared = checked("", given)
         check_options(max_containers, opt)
+        check_opt(opt, check_gpu(gpu) if gpu else SETTINGS["SD_GPU"])
         options = gpu_options(gpu)
         if prompts_file:
             pictures = plan_file(prompts_file, shared, Path(out_dir), ckpt, overwrite)

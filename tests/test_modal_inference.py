@@ -127,6 +127,9 @@ def test_mistakes_are_one_line_and_start_nothing(loopback, arguments, words):
         ({"prompt": "x", "seed": -1}, "seed must be from 0"),
         ({"prompt": "x", "sampler": "magic"}, "no sampler 'magic'"),
         ({"prompt": "x", "max_containers": 0}, "at least 1"),
+        ({"prompt": "x", "opt": "float8"}, "float8 needs an NVIDIA GPU with sm89 or newer; this is A10 (sm86)"),
+        ({"prompt": "x", "opt": "exact,bf16", "gpu": "t4"}, "bf16 needs an NVIDIA GPU with sm80 or newer; this is T4"),
+        ({"prompt": "x", "opt": "cpu-linear", "gpu": "H100"}, "cpu-linear needs a CPU; this is H100 (sm90)"),
         ({"prompts_file": "bad.jsonl"}, "bad.jsonl line 2: steps"),
         ({"prompts_file": "image.jsonl"}, "image.jsonl line 1: init_image"),
         ({"prompts_file": "control.jsonl"}, "control.jsonl line 1: control is a file of this machine"),
@@ -153,7 +156,12 @@ def test_more_mistakes(tmp_path, monkeypatch, capsys, arguments, words):
 
 @pytest.mark.parametrize(
     ("environment", "words"),
-    [({"SD_GPU": "A11"}, "no GPU 'A11'"), ({"SD_AUTH": "none"}, 'SD_AUTH must be "proxy" or "basic"')],
+    [
+        ({"SD_GPU": "A11"}, "no GPU 'A11'"),
+        ({"SD_AUTH": "none"}, 'SD_AUTH must be "proxy" or "basic"'),
+        ({"SD_GPU": "T4", "SD_OPT": "fused-norm"}, "fused-norm needs an NVIDIA GPU with sm80 or newer; this is T4"),
+        ({"SD_GPU": "none", "SD_OPT": "loop-graph"}, "loop-graph needs an NVIDIA GPU; this is a container without"),
+    ],
 )
 def test_wrong_settings(loopback, environment, words):
     one_line_error(loopback.run("deploy", "modal_inference.py", **environment), words)
