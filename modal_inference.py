@@ -2,6 +2,7 @@
 
     modal run modal_inference.py --prompt "a lighthouse in a storm"
     modal run modal_inference.py --prompts-file prompts.jsonl --out-dir pictures --max-containers 20
+    modal run modal_inference.py --prompt "a fox" --lora style.safetensors:0.8
     modal deploy modal_inference.py
 
 The weights come from the volume that modal_volume.py fills. What would cost money for nothing is left out: weights and
@@ -20,6 +21,7 @@ Settings that hold for the whole app come from the environment of `modal run` an
 Only modal and what lies in this folder are needed here; torch is in the container.
 """
 
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -76,6 +78,9 @@ GPUS: dict[str, gpus.Capability] = {
     **dict.fromkeys(("B200", "B200+"), (10, 0)),
 }
 """Modal's names (https://modal.com/docs/guide/gpu), and what NVIDIA says that each can do. B200+ may be a B300."""
+
+FILES = ("lora", "embedding")
+"""Options of sd/inference.py that name files of this machine: they are sent to the volume, each once."""
 
 MOST_OF_A_PROMPT = 16
 """Pictures that one call returns; more come through a prompts file, one by one."""
@@ -192,12 +197,19 @@ def checkpoint_path(name: str) -> Path:
     return HERE / "data/demo/sd-demo.safetensors.index.json" if name == "demo" else HERE / "weights" / name
 
 
+def in_container(files: str) -> dict[str, list[str]]:
+    """What `sent` says -> the options of FILES, as the container has their files."""
+    said = json.loads(files) if files else {}
+    return {name: [str(HERE / "weights" / text) for text in said.get(name, ())] for name in FILES}
+
+
 # ---- one prompt: modal_infer.sh in a container
 
 
 @app.function(**RESOURCES, timeout=30 * MINUTE)
-def infer(ckpt: str, flags: list[str]) -> tuple[list[bytes], str]:
-    """Run modal_infer.sh with the flags -> (the PNGs, ""), or ([], why it failed in one line)."""
+def infer(ckpt: str, flags: list[str], files: str = "") -> tuple[list[bytes], str]:
+    """Run modal_infer.sh with the flags and `sent` files -> (the PNGs, ""), or ([], why it failed in one line)."""
+    flags = [*flags, *(f"--{name}={text}" for name, texts in in_container(files).items() for text in texts)]
     with tempfile.TemporaryDirectory() as folder:
         out = f"--out={folder}/{{index:06}}.png"
         if error := run_script([str(HERE / "modal_infer.sh"), *flags, out], checkpoint_path(ckpt)):
@@ -239,6 +251,7 @@ class Warm:
 
     ckpt = SETTINGS["SD_CKPT_NAME"]
     opt = SETTINGS["SD_OPT"]
+    files = ""
 
     @modal.enter(snap=True)
     def read(self) -> None:
@@ -248,7 +261,7 @@ class Warm:
         """
         dtype = "float32" if os.environ["SD_GPU"] == "none" else "float16"
         self.path = checkpoint_path(self.ckpt)
-        self.choice = ModelChoice(device="cpu", dtype=dtype, opt=self.opt)
+        self.choice = ModelChoice(device="cpu", dtype=dtype, opt=self.opt, **in_container(self.files))
         self.pipe = self.choice.load_plain(self.path)
 
     @modal.enter(snap=False)
@@ -270,6 +283,7 @@ class Model(Warm):
 
     ckpt: str = modal.parameter(default=CHECKPOINT)
     opt: str = modal.parameter(default="default")
+    files: str = modal.parameter(default="")
 
     @modal.method()
     def draw(self, fields: dict) -> dict:
@@ -340,10 +354,11 @@ def portable() -> list[parameters.Parameter]:
 
 
 def with_parameters(function: Callable[..., None]) -> Callable[..., None]:
-    """A flag for each of `portable` in place of **given: Modal makes them of the function's signature."""
+    """A flag for each of `portable` and FILES in place of **given: Modal makes them of the function's signature."""
     own = list(inspect.signature(function).parameters.values())[:-1]
     only = {"kind": inspect.Parameter.KEYWORD_ONLY, "default": None}
-    more = [inspect.Parameter(one.name, annotation=one.check.kind | None, **only) for one in portable()]
+    kinds = {**{one.name: one.check.kind for one in portable()}, **dict.fromkeys(FILES, str)}
+    more = [inspect.Parameter(name, annotation=kind | None, **only) for name, kind in kinds.items()]
     function.__signature__ = inspect.Signature([*own, *more])
     function.__annotations__ = {one.name: one.annotation for one in (*own, *more)}
     return function
@@ -367,19 +382,20 @@ def main(
     try:
         if bool(prompt) == bool(prompts_file):
             raise UserError("say what to draw: --prompt TEXT or --prompts-file FILE, one of them")
+        choice = named_files({name: given.pop(name, None) for name in FILES})
         shared = checked("", given)
         check_options(max_containers, opt)
         check_opt(opt, check_gpu(gpu) if gpu else SETTINGS["SD_GPU"])
         options = gpu_options(gpu)
         if prompts_file:
-            pictures = plan_file(prompts_file, shared, Path(out_dir), ckpt, overwrite)
-            check_weights(ckpt)
-            model = Model.with_options(**options, max_containers=max_containers)(ckpt=ckpt, opt=opt)
+            pictures = plan_file(prompts_file, shared, Path(out_dir), ckpt, overwrite, choice)
+            files = sent(choice, check_weights(ckpt)) if pictures else ""
+            model = Model.with_options(**options, max_containers=max_containers)(ckpt=ckpt, opt=opt, files=files)
             draw_file(pictures, model, len(os.listdir(out_dir)))
         else:
             pictures = plan_prompt(prompt, shared, DEFAULT if overwrite and out is None else out)
-            check_weights(ckpt)
-            draw_prompt(pictures, infer.with_options(**options) if options else infer, ckpt, opt)
+            files = sent(choice, check_weights(ckpt))
+            draw_prompt(pictures, infer.with_options(**options) if options else infer, ckpt, opt, files)
     except (UserError, ValueError, OSError, modal.exception.Error) as error:
         leave(error)
     except KeyboardInterrupt:  # of itself, Modal's client would say that all went well
@@ -405,14 +421,48 @@ def check_options(max_containers: int, opt: str) -> None:
     optimizations.check(opt)
 
 
-def check_weights(ckpt: str) -> None:
-    """Raises UserError unless the checkpoint is in the volume: that is asked of Modal, without a container."""
-    if ckpt == "demo":
-        return
+def check_weights(ckpt: str) -> set[str]:
+    """The files in the volume: that is asked of Modal, without a container. Raises UserError unless ckpt is there."""
     there = {entry.path.lstrip("/") for entry in weights.listdir("/", recursive=True)}
-    if ckpt not in there:
+    if ckpt != "demo" and ckpt not in there:
         hint = "run `modal run modal_volume.py`, or see `modal run modal_volume.py --list`"
         raise UserError(f"{ckpt} is not in the volume sd-weights: {hint}")
+    return there
+
+
+# ---- files of this machine
+
+
+def named_files(given: dict[str, str | None]) -> ModelChoice:
+    """The options of FILES, several of one separated by commas: Modal takes each flag once. Raises UserError."""
+    choice = ModelChoice(**{name: text.split(",") for name, text in given.items() if text})
+    choice.check_files()
+    return choice
+
+
+def sent(choice: ModelChoice, there: set[str]) -> str:
+    """Have the files of the choice in the volume, whose files are `there` -> which they are, for `in_container`.
+
+    One lies under the hash of its content: so it is sent once, and another one of the same name does not replace it.
+    """
+    files = {"lora": choice.loras(), "embedding": choice.embeddings()}
+    named = {path: f"files/{sha256(path)[:16]}/{path.name}" for pairs in files.values() for path, _ in pairs}
+    if missing := {path: name for path, name in named.items() if name not in there}:
+        print(f"sending {', '.join(path.name for path in missing)}", flush=True)
+        with weights.batch_upload(force=True) as batch:  # two commands may send the same
+            for path, name in missing.items():
+                batch.put_file(path, f"/{name}")
+    said = {
+        option: [named[path] if value is None else f"{named[path]}:{value}" for path, value in pairs]
+        for option, pairs in files.items()
+        if pairs
+    }
+    return json.dumps(said) if said else ""
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- one prompt
@@ -435,14 +485,14 @@ def plan_prompt(prompt: str, shared: dict[str, object], out: str | None) -> list
     return pictures
 
 
-def draw_prompt(pictures: Sequence[Picture], function: modal.Function, ckpt: str, opt: str) -> None:
-    """Draw them in one container and write them."""
+def draw_prompt(pictures: Sequence[Picture], function: modal.Function, ckpt: str, opt: str, files: str) -> None:
+    """Draw them in one container, with the files that are `sent`, and write them."""
     job, _ = pictures[0]
     values = {**job.values, "num_images": len(pictures)}
     said = (one for one in portable() if one.says_something(values))
     asked = {one.option: values[one.name] for one in (parameters.PARAMETERS["prompt"], *said)}
     flags = [f"{option}={value}" for option, value in {**asked, "--opt": opt}.items() if value is not None]
-    pngs, error = function.remote(ckpt, flags)
+    pngs, error = function.remote(ckpt, flags, files)
     if error:
         raise UserError(error)
     for (drawn, file), png in zip(pictures, pngs, strict=True):
@@ -454,7 +504,9 @@ def draw_prompt(pictures: Sequence[Picture], function: modal.Function, ckpt: str
 # ---- many prompts
 
 
-def plan_file(path: str, shared: dict[str, object], folder: Path, ckpt: str, overwrite: bool) -> list[Picture]:
+def plan_file(
+    path: str, shared: dict[str, object], folder: Path, ckpt: str, overwrite: bool, choice: ModelChoice | None = None
+) -> list[Picture]:
     """The pictures of a prompts file that are not in the folder yet. Raises UserError."""
     shared = dict(shared)
     first_seed = shared.pop("seed", 0)
@@ -468,7 +520,9 @@ def plan_file(path: str, shared: dict[str, object], folder: Path, ckpt: str, ove
     pictures = list(zip(jobs, files, strict=True))
     if overwrite:
         return pictures
-    return left_to_draw(pictures, png_parameters, {"checkpoint": checkpoint_path(ckpt).name})
+    choice = choice or ModelChoice()
+    files = {"loras": choice.recorded_loras(), "embeddings": choice.recorded_embeddings()}
+    return left_to_draw(pictures, png_parameters, {"checkpoint": checkpoint_path(ckpt).name, **files})
 
 
 def png_parameters(path: Path) -> dict[str, object]:
