@@ -85,6 +85,14 @@ FILES = ("lora", "embedding")
 MOST_OF_A_PROMPT = 16
 """Pictures that one call returns; more come through a prompts file, one by one."""
 
+TRITON = "triton==3.7.1"
+"""What torch's wheel for CUDA asks for, named: without it, or with another, a paid GPU would run the slow kernels."""
+
+CHECK_TRITON = (
+    "import triton.language; from importlib.metadata import requires; "
+    f"assert any(r.replace(' ', '').startswith('{TRITON};') for r in requires('torch')), requires('torch')"
+)
+
 MINUTE = 60
 
 
@@ -164,7 +172,9 @@ def not_the_program(path: Path) -> bool:
 image = (
     modal.Image.debian_slim(python_version="3.11")
     .apt_install("build-essential")  # Triton and torch.compile call a C compiler when the first kernel runs
-    .uv_pip_install(requirements=[str(HERE / "requirements.txt")])
+    .uv_pip_install(TRITON, requirements=[str(HERE / "requirements.txt")])
+    # The image is not built where torch would have another Triton than its own, or none that can be imported.
+    .run_commands(f'python -c "{CHECK_TRITON}"')
     .env(
         {
             "SD_ROOT": HOME,
@@ -203,6 +213,36 @@ def in_container(files: str) -> dict[str, list[str]]:
     return {name: [str(HERE / "weights" / text) for text in said.get(name, ())] for name in FILES}
 
 
+class Kept:
+    """What is compiled here, kept for later containers: the cache volume is committed when it has changed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.seen = self._files()
+
+    def _files(self) -> dict[str, tuple[int, int]]:
+        """Path -> size and time of change; what vanishes meanwhile was a temporary file."""
+        found = {}
+        for path in self.folder.rglob("*"):
+            with suppress(OSError):
+                if path.is_file():
+                    found[str(path)] = path.stat().st_size, path.stat().st_mtime_ns
+        return found
+
+    def commit(self) -> bool:
+        """Commit if a file is new or another since the last time. That it fails costs time later, never a picture."""
+        files = self._files()
+        if files == self.seen:
+            return False
+        try:
+            cache.commit()
+        except Exception as error:
+            print(f"what was compiled is not kept: {one_line(error)}", file=sys.stderr)
+            return False
+        self.seen = files
+        return True
+
+
 # ---- one prompt: modal_infer.sh in a container
 
 
@@ -210,10 +250,12 @@ def in_container(files: str) -> dict[str, list[str]]:
 def infer(ckpt: str, flags: list[str], files: str = "") -> tuple[list[bytes], str]:
     """Run modal_infer.sh with the flags and `sent` files -> (the PNGs, ""), or ([], why it failed in one line)."""
     flags = [*flags, *(f"--{name}={text}" for name, texts in in_container(files).items() for text in texts)]
+    kept = Kept(HERE / "cache")
     with tempfile.TemporaryDirectory() as folder:
         out = f"--out={folder}/{{index:06}}.png"
         if error := run_script([str(HERE / "modal_infer.sh"), *flags, out], checkpoint_path(ckpt)):
             return [], error
+        kept.commit()
         return [file.read_bytes() for file in sorted(Path(folder).iterdir())], ""
 
 
@@ -269,8 +311,16 @@ class Warm:
         """Onto the GPU, and faster; kernels that are compiled here lie on the volume for the next container."""
         from sd.pipeline import default_device
 
+        self.kept = Kept(HERE / "cache")
         self.pipe.to(default_device())
         self.choice.optimize(self.pipe)
+        self.kept.commit()
+
+    @modal.exit()
+    def keep(self) -> None:
+        """What was compiled for pictures of other sizes."""
+        if hasattr(self, "kept"):  # not if it could not be loaded
+            self.kept.commit()
 
     def facts(self) -> dict[str, object]:
         """What a picture's PNG says of the model and the machine."""
@@ -284,6 +334,7 @@ class Model(Warm):
     ckpt: str = modal.parameter(default=CHECKPOINT)
     opt: str = modal.parameter(default="default")
     files: str = modal.parameter(default="")
+    drawn = False
 
     @modal.method()
     def draw(self, fields: dict) -> dict:
@@ -301,6 +352,9 @@ class Model(Warm):
         from sd.pictures.png import to_png
 
         (picture,) = draw_batch(self.pipe, [job])
+        if not self.drawn:
+            self.kept.commit()  # before the first is answered: then the other containers start
+        self.drawn = True
         return to_png(picture, {**picture.info, **self.facts()})
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -60,7 +61,8 @@ def check_request(plane) -> None:
     assert plane.function("Service.*").definition.checkpointing_enabled
     assert plane.function("Service.*").definition.concurrency_limit == 1
     commands = plane.image_commands(plane.function("infer"))
-    order = ["FROM ", "build-essential", "uv pip install", "ENV "]
+    order = ["FROM ", "build-essential", "uv pip install", "import triton", "ENV "]
+    assert any("uv pip install" in command and modal_inference.TRITON in command for command in commands)
     places = [next(i for i, command in enumerate(commands) if text in command) for text in order]
     assert places == sorted(places), commands
     assert "3.11" in commands[0]
@@ -253,19 +255,34 @@ def test_a_failure_in_the_container(filled):
     assert os.listdir(filled.cwd) == []
 
 
+@pytest.fixture
+def script(repository) -> Iterator[Callable[[str], None]]:
+    """script(text): a program in the place of modal_infer.sh, through the same mounts."""
+    program = repository / "modal_infer.sh"
+    before = program.read_bytes()
+    yield lambda text: program.write_text(f"#!/bin/sh\n{text}\n")
+    program.write_bytes(before)
+
+
+def test_the_cache_is_committed_when_it_has_changed(filled, script):
+    """What a container compiles is there for the next one; one that compiled nothing commits nothing."""
+    compiled = []
+    for text in ("echo one", "echo one", "echo two!"):  # a new file, nothing, another content
+        script(f"cd $(dirname $0)/cache; {text} > new; cmp -s new kernel && rm new || mv new kernel")
+        filled.run("run", "modal_inference.py", "--prompt", "x", "--steps", 1)
+        compiled.append(len(filled.plane.commits))
+    assert filled.plane.commits == ["vo-sd-cache"] * 2, compiled
+    assert compiled == [1, 1, 2]
+
+
 @pytest.mark.full(memory=False)
-def test_weights_cannot_be_written_in_the_container(filled):
+def test_weights_cannot_be_written_in_the_container(filled, script):
     if not namespaces_allowed():
         pytest.skip("mount namespaces are not allowed here")
-    script = "import os; print(os.access('/root/weights', os.W_OK), os.access('/root/cache', os.W_OK))"
-    # A program in the place of modal_infer.sh, through the same mounts.
-    program = filled.repository / "modal_infer.sh"
-    before = program.read_bytes()
-    try:
-        program.write_text(f'#!/bin/sh\nexec python -c "{script}"\n')
-        result = filled.run("run", "modal_inference.py", "--prompt", "x", "--steps", 1)
-    finally:
-        program.write_bytes(before)
+    script(
+        """exec python -c "import os; print(os.access('/root/weights', os.W_OK), os.access('/root/cache', os.W_OK))\""""
+    )
+    result = filled.run("run", "modal_inference.py", "--prompt", "x", "--steps", 1)
     assert "False True" in result.out
 
 
