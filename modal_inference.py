@@ -57,9 +57,8 @@ from sd.service.orders import limits_from_env  # noqa: E402
 from sd.writing import write_whole  # noqa: E402
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from sd.pipeline import StableDiffusion
+    from sd.service.interrupted import EndsInWords
 
 HOME = "/root"
 """Where a container has this file and what it needs: HERE, in the container."""
@@ -294,17 +293,25 @@ class Warm:
     ckpt = SETTINGS["SD_CKPT_NAME"]
     opt = SETTINGS["SD_OPT"]
     files = ""
+    deployed = False
 
     @modal.enter(snap=True)
     def read(self) -> None:
         """The checkpoint into memory; of a deployed app, Modal keeps a snapshot of what is there afterwards.
 
-        Without a call to CUDA: the snapshot is taken where there is no GPU, and torch would remember that.
+        Without a call to CUDA: the snapshot is taken where there is no GPU, and torch would remember that. Without a
+        mapped file either: Modal's documentation has weights in memory there, and says nothing of files of a volume.
         """
+        from sd.checkpoints.mapped import into_memory
+
         dtype = "float32" if os.environ["SD_GPU"] == "none" else "float16"
         self.path = checkpoint_path(self.ckpt)
         self.choice = ModelChoice(device="cpu", dtype=dtype, opt=self.opt, **in_container(self.files))
         self.pipe = self.choice.load_plain(self.path)
+        if self.deployed:  # others have no snapshot, and need not copy
+            for model in (self.pipe.clip, self.pipe.unet, self.pipe.vae):
+                into_memory(model.parameters())
+            self.pipe.note_loaded()  # a service has no LoRAs: they are as the file has them
 
     @modal.enter(snap=False)
     def wake(self) -> None:
@@ -389,14 +396,17 @@ AUTH_SECRETS = [modal.Secret.from_name("sd-auth", required_keys=["SD_USER", "SD_
 class Service(Warm):
     """sd/serve.py's app over HTTP."""
 
+    deployed = True
+
     @modal.asgi_app(requires_proxy_auth=SETTINGS["SD_AUTH"] == "proxy")
-    def web(self) -> "FastAPI":
+    def web(self) -> "EndsInWords":
         from sd.service.access import auth_from_env
         from sd.service.app import create_app
+        from sd.service.interrupted import EndsInWords
 
         # Without a password in the Secret this raises: no service rather than an open one.
         auth = auth_from_env(os.environ) if SETTINGS["SD_AUTH"] == "basic" else None
-        return create_app(self.pipe, limits_from_env(os.environ), auth, self.facts())
+        return EndsInWords(create_app(self.pipe, limits_from_env(os.environ), auth, self.facts()))
 
 
 # ---- the command line
