@@ -2,6 +2,7 @@
 
     modal run modal_inference.py --prompt "a lighthouse in a storm"
     modal run modal_inference.py --prompts-file prompts.jsonl --out-dir pictures --max-containers 20
+    modal run modal_inference.py --prompt "a fox" --lora style.safetensors:0.8
     modal deploy modal_inference.py
 
 The weights come from the volume that modal_volume.py fills. What would cost money for nothing is left out: weights and
@@ -20,6 +21,7 @@ Settings that hold for the whole app come from the environment of `modal run` an
 Only modal and what lies in this folder are needed here; torch is in the container.
 """
 
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -43,6 +45,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
+from sd import gpus  # noqa: E402
 from sd.pictures import parameters  # noqa: E402
 from sd.pictures.files import DEFAULT, left_to_draw, named, output_files  # noqa: E402
 from sd.pictures.loras import refuse  # noqa: E402
@@ -54,9 +57,8 @@ from sd.service.orders import limits_from_env  # noqa: E402
 from sd.writing import write_whole  # noqa: E402
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from sd.pipeline import StableDiffusion
+    from sd.service.interrupted import EndsInWords
 
 HOME = "/root"
 """Where a container has this file and what it needs: HERE, in the container."""
@@ -64,14 +66,31 @@ HOME = "/root"
 WEIGHTS = f"{HOME}/weights"
 CACHE = f"{HOME}/cache"
 CHECKPOINT = "v1-5-pruned-emaonly.safetensors"
-GPUS = (
-    *("T4", "L4", "A10", "L40S", "A100", "A100-40GB", "A100-80GB", "RTX-PRO-6000"),
-    *("H100", "H100!", "H200", "B200", "B200+"),
-)
-"""Modal's names, as its documentation has them."""
+GPUS: dict[str, gpus.Capability] = {
+    "T4": (7, 5),
+    "L4": (8, 9),
+    "A10": (8, 6),
+    "L40S": (8, 9),
+    **dict.fromkeys(("A100", "A100-40GB", "A100-80GB"), (8, 0)),
+    "RTX-PRO-6000": (12, 0),
+    **dict.fromkeys(("H100", "H100!", "H200"), (9, 0)),
+    **dict.fromkeys(("B200", "B200+"), (10, 0)),
+}
+"""Modal's names (https://modal.com/docs/guide/gpu), and what NVIDIA says that each can do. B200+ may be a B300."""
+
+FILES = ("lora", "embedding")
+"""Options of sd/inference.py that name files of this machine: they are sent to the volume, each once."""
 
 MOST_OF_A_PROMPT = 16
 """Pictures that one call returns; more come through a prompts file, one by one."""
+
+TRITON = "triton==3.7.1"
+"""What torch's wheel for CUDA asks for, named: without it, or with another, a paid GPU would run the slow kernels."""
+
+CHECK_TRITON = (
+    "import triton.language; from importlib.metadata import requires; "
+    f"assert any(r.replace(' ', '').startswith('{TRITON};') for r in requires('torch')), requires('torch')"
+)
 
 MINUTE = 60
 
@@ -97,6 +116,19 @@ def check_gpu(name: str) -> str:
     return name.upper()
 
 
+def check_opt(opt: str, gpu: str) -> None:
+    """Of the optimizations that are named, that the GPU, or "none", can run them. Raises UserError.
+
+    What a preset stands for is not looked at: of that, the container leaves out what cannot run there, and says so.
+    """
+    if missing := gpus.lacking(opt, GPUS.get(gpu, gpus.NONE)):
+        name, needs = next(iter(missing.items()))
+        here = "a container without a GPU" if gpu == "none" else f"{gpu} ({gpus.sm(GPUS[gpu])})"
+        raise UserError(
+            f"{name} needs {needs}; this is {here}: choose another GPU, or leave it out of the optimizations"
+        )
+
+
 def read_settings(environment: dict[str, str]) -> dict[str, str]:
     """Raises UserError or ValueError. Containers get the same ones: this file must define the same functions there."""
     defaults = {"SD_GPU": "A10", "SD_CKPT_NAME": CHECKPOINT, "SD_OPT": "default", "SD_AUTH": "proxy"}
@@ -105,6 +137,8 @@ def read_settings(environment: dict[str, str]) -> dict[str, str]:
         settings["SD_GPU"] = check_gpu(settings["SD_GPU"])
     if settings["SD_AUTH"] not in ("proxy", "basic"):
         raise UserError(f'SD_AUTH must be "proxy" or "basic", not {settings["SD_AUTH"]!r}')
+    if modal.is_local():  # a container has another GPU than this where --gpu names one
+        check_opt(settings["SD_OPT"], settings["SD_GPU"])
     limits_from_env(environment)
     return settings | {name: value for name, value in environment.items() if name.startswith("SD_MAX_") and value}
 
@@ -137,7 +171,9 @@ def not_the_program(path: Path) -> bool:
 image = (
     modal.Image.debian_slim(python_version="3.11")
     .apt_install("build-essential")  # Triton and torch.compile call a C compiler when the first kernel runs
-    .uv_pip_install(requirements=[str(HERE / "requirements.txt")])
+    .uv_pip_install(TRITON, requirements=[str(HERE / "requirements.txt")])
+    # The image is not built where torch would have another Triton than its own, or none that can be imported.
+    .run_commands(f'python -c "{CHECK_TRITON}"')
     .env(
         {
             "SD_ROOT": HOME,
@@ -170,16 +206,55 @@ def checkpoint_path(name: str) -> Path:
     return HERE / "data/demo/sd-demo.safetensors.index.json" if name == "demo" else HERE / "weights" / name
 
 
+def in_container(files: str) -> dict[str, list[str]]:
+    """What `sent` says -> the options of FILES, as the container has their files."""
+    said = json.loads(files) if files else {}
+    return {name: [str(HERE / "weights" / text) for text in said.get(name, ())] for name in FILES}
+
+
+class Kept:
+    """What is compiled here, kept for later containers: the cache volume is committed when it has changed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.seen = self._files()
+
+    def _files(self) -> dict[str, tuple[int, int]]:
+        """Path -> size and time of change; what vanishes meanwhile was a temporary file."""
+        found = {}
+        for path in self.folder.rglob("*"):
+            with suppress(OSError):
+                if path.is_file():
+                    found[str(path)] = path.stat().st_size, path.stat().st_mtime_ns
+        return found
+
+    def commit(self) -> bool:
+        """Commit if a file is new or another since the last time. That it fails costs time later, never a picture."""
+        files = self._files()
+        if files == self.seen:
+            return False
+        try:
+            cache.commit()
+        except Exception as error:
+            print(f"what was compiled is not kept: {one_line(error)}", file=sys.stderr)
+            return False
+        self.seen = files
+        return True
+
+
 # ---- one prompt: modal_infer.sh in a container
 
 
 @app.function(**RESOURCES, timeout=30 * MINUTE)
-def infer(ckpt: str, flags: list[str]) -> tuple[list[bytes], str]:
-    """Run modal_infer.sh with the flags -> (the PNGs, ""), or ([], why it failed in one line)."""
+def infer(ckpt: str, flags: list[str], files: str = "") -> tuple[list[bytes], str]:
+    """Run modal_infer.sh with the flags and `sent` files -> (the PNGs, ""), or ([], why it failed in one line)."""
+    flags = [*flags, *(f"--{name}={text}" for name, texts in in_container(files).items() for text in texts)]
+    kept = Kept(HERE / "cache")
     with tempfile.TemporaryDirectory() as folder:
         out = f"--out={folder}/{{index:06}}.png"
         if error := run_script([str(HERE / "modal_infer.sh"), *flags, out], checkpoint_path(ckpt)):
             return [], error
+        kept.commit()
         return [file.read_bytes() for file in sorted(Path(folder).iterdir())], ""
 
 
@@ -217,25 +292,42 @@ class Warm:
 
     ckpt = SETTINGS["SD_CKPT_NAME"]
     opt = SETTINGS["SD_OPT"]
+    files = ""
+    deployed = False
 
     @modal.enter(snap=True)
     def read(self) -> None:
         """The checkpoint into memory; of a deployed app, Modal keeps a snapshot of what is there afterwards.
 
-        Without a call to CUDA: the snapshot is taken where there is no GPU, and torch would remember that.
+        Without a call to CUDA: the snapshot is taken where there is no GPU, and torch would remember that. Without a
+        mapped file either: Modal's documentation has weights in memory there, and says nothing of files of a volume.
         """
+        from sd.checkpoints.mapped import into_memory
+
         dtype = "float32" if os.environ["SD_GPU"] == "none" else "float16"
         self.path = checkpoint_path(self.ckpt)
-        self.choice = ModelChoice(device="cpu", dtype=dtype, opt=self.opt)
+        self.choice = ModelChoice(device="cpu", dtype=dtype, opt=self.opt, **in_container(self.files))
         self.pipe = self.choice.load_plain(self.path)
+        if self.deployed:  # others have no snapshot, and need not copy
+            for model in (self.pipe.clip, self.pipe.unet, self.pipe.vae):
+                into_memory(model.parameters())
+            self.pipe.note_loaded()  # a service has no LoRAs: they are as the file has them
 
     @modal.enter(snap=False)
     def wake(self) -> None:
         """Onto the GPU, and faster; kernels that are compiled here lie on the volume for the next container."""
         from sd.pipeline import default_device
 
+        self.kept = Kept(HERE / "cache")
         self.pipe.to(default_device())
         self.choice.optimize(self.pipe)
+        self.kept.commit()
+
+    @modal.exit()
+    def keep(self) -> None:
+        """What was compiled for pictures of other sizes."""
+        if hasattr(self, "kept"):  # not if it could not be loaded
+            self.kept.commit()
 
     def facts(self) -> dict[str, object]:
         """What a picture's PNG says of the model and the machine."""
@@ -248,6 +340,8 @@ class Model(Warm):
 
     ckpt: str = modal.parameter(default=CHECKPOINT)
     opt: str = modal.parameter(default="default")
+    files: str = modal.parameter(default="")
+    drawn = False
 
     @modal.method()
     def draw(self, fields: dict) -> dict:
@@ -265,6 +359,9 @@ class Model(Warm):
         from sd.pictures.png import to_png
 
         (picture,) = draw_batch(self.pipe, [job])
+        if not self.drawn:
+            self.kept.commit()  # before the first is answered: then the other containers start
+        self.drawn = True
         return to_png(picture, {**picture.info, **self.facts()})
 
 
@@ -299,14 +396,17 @@ AUTH_SECRETS = [modal.Secret.from_name("sd-auth", required_keys=["SD_USER", "SD_
 class Service(Warm):
     """sd/serve.py's app over HTTP."""
 
+    deployed = True
+
     @modal.asgi_app(requires_proxy_auth=SETTINGS["SD_AUTH"] == "proxy")
-    def web(self) -> "FastAPI":
+    def web(self) -> "EndsInWords":
         from sd.service.access import auth_from_env
         from sd.service.app import create_app
+        from sd.service.interrupted import EndsInWords
 
         # Without a password in the Secret this raises: no service rather than an open one.
         auth = auth_from_env(os.environ) if SETTINGS["SD_AUTH"] == "basic" else None
-        return create_app(self.pipe, limits_from_env(os.environ), auth, self.facts())
+        return EndsInWords(create_app(self.pipe, limits_from_env(os.environ), auth, self.facts()))
 
 
 # ---- the command line
@@ -318,10 +418,11 @@ def portable() -> list[parameters.Parameter]:
 
 
 def with_parameters(function: Callable[..., None]) -> Callable[..., None]:
-    """A flag for each of `portable` in place of **given: Modal makes them of the function's signature."""
+    """A flag for each of `portable` and FILES in place of **given: Modal makes them of the function's signature."""
     own = list(inspect.signature(function).parameters.values())[:-1]
     only = {"kind": inspect.Parameter.KEYWORD_ONLY, "default": None}
-    more = [inspect.Parameter(one.name, annotation=one.check.kind | None, **only) for one in portable()]
+    kinds = {**{one.name: one.check.kind for one in portable()}, **dict.fromkeys(FILES, str)}
+    more = [inspect.Parameter(name, annotation=kind | None, **only) for name, kind in kinds.items()]
     function.__signature__ = inspect.Signature([*own, *more])
     function.__annotations__ = {one.name: one.annotation for one in (*own, *more)}
     return function
@@ -345,18 +446,20 @@ def main(
     try:
         if bool(prompt) == bool(prompts_file):
             raise UserError("say what to draw: --prompt TEXT or --prompts-file FILE, one of them")
+        choice = named_files({name: given.pop(name, None) for name in FILES})
         shared = checked("", given)
         check_options(max_containers, opt)
+        check_opt(opt, check_gpu(gpu) if gpu else SETTINGS["SD_GPU"])
         options = gpu_options(gpu)
         if prompts_file:
-            pictures = plan_file(prompts_file, shared, Path(out_dir), ckpt, overwrite)
-            check_weights(ckpt)
-            model = Model.with_options(**options, max_containers=max_containers)(ckpt=ckpt, opt=opt)
+            pictures = plan_file(prompts_file, shared, Path(out_dir), ckpt, overwrite, choice)
+            files = sent(choice, check_weights(ckpt)) if pictures else ""
+            model = Model.with_options(**options, max_containers=max_containers)(ckpt=ckpt, opt=opt, files=files)
             draw_file(pictures, model, len(os.listdir(out_dir)))
         else:
             pictures = plan_prompt(prompt, shared, DEFAULT if overwrite and out is None else out)
-            check_weights(ckpt)
-            draw_prompt(pictures, infer.with_options(**options) if options else infer, ckpt, opt)
+            files = sent(choice, check_weights(ckpt))
+            draw_prompt(pictures, infer.with_options(**options) if options else infer, ckpt, opt, files)
     except (UserError, ValueError, OSError, modal.exception.Error) as error:
         leave(error)
     except KeyboardInterrupt:  # of itself, Modal's client would say that all went well
@@ -382,14 +485,48 @@ def check_options(max_containers: int, opt: str) -> None:
     optimizations.check(opt)
 
 
-def check_weights(ckpt: str) -> None:
-    """Raises UserError unless the checkpoint is in the volume: that is asked of Modal, without a container."""
-    if ckpt == "demo":
-        return
+def check_weights(ckpt: str) -> set[str]:
+    """The files in the volume: that is asked of Modal, without a container. Raises UserError unless ckpt is there."""
     there = {entry.path.lstrip("/") for entry in weights.listdir("/", recursive=True)}
-    if ckpt not in there:
+    if ckpt != "demo" and ckpt not in there:
         hint = "run `modal run modal_volume.py`, or see `modal run modal_volume.py --list`"
         raise UserError(f"{ckpt} is not in the volume sd-weights: {hint}")
+    return there
+
+
+# ---- files of this machine
+
+
+def named_files(given: dict[str, str | None]) -> ModelChoice:
+    """The options of FILES, several of one separated by commas: Modal takes each flag once. Raises UserError."""
+    choice = ModelChoice(**{name: text.split(",") for name, text in given.items() if text})
+    choice.check_files()
+    return choice
+
+
+def sent(choice: ModelChoice, there: set[str]) -> str:
+    """Have the files of the choice in the volume, whose files are `there` -> which they are, for `in_container`.
+
+    One lies under the hash of its content: so it is sent once, and another one of the same name does not replace it.
+    """
+    files = {"lora": choice.loras(), "embedding": choice.embeddings()}
+    named = {path: f"files/{sha256(path)[:16]}/{path.name}" for pairs in files.values() for path, _ in pairs}
+    if missing := {path: name for path, name in named.items() if name not in there}:
+        print(f"sending {', '.join(path.name for path in missing)}", flush=True)
+        with weights.batch_upload(force=True) as batch:  # two commands may send the same
+            for path, name in missing.items():
+                batch.put_file(path, f"/{name}")
+    said = {
+        option: [named[path] if value is None else f"{named[path]}:{value}" for path, value in pairs]
+        for option, pairs in files.items()
+        if pairs
+    }
+    return json.dumps(said) if said else ""
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- one prompt
@@ -412,14 +549,14 @@ def plan_prompt(prompt: str, shared: dict[str, object], out: str | None) -> list
     return pictures
 
 
-def draw_prompt(pictures: Sequence[Picture], function: modal.Function, ckpt: str, opt: str) -> None:
-    """Draw them in one container and write them."""
+def draw_prompt(pictures: Sequence[Picture], function: modal.Function, ckpt: str, opt: str, files: str) -> None:
+    """Draw them in one container, with the files that are `sent`, and write them."""
     job, _ = pictures[0]
     values = {**job.values, "num_images": len(pictures)}
     said = (one for one in portable() if one.says_something(values))
     asked = {one.option: values[one.name] for one in (parameters.PARAMETERS["prompt"], *said)}
     flags = [f"{option}={value}" for option, value in {**asked, "--opt": opt}.items() if value is not None]
-    pngs, error = function.remote(ckpt, flags)
+    pngs, error = function.remote(ckpt, flags, files)
     if error:
         raise UserError(error)
     for (drawn, file), png in zip(pictures, pngs, strict=True):
@@ -431,7 +568,9 @@ def draw_prompt(pictures: Sequence[Picture], function: modal.Function, ckpt: str
 # ---- many prompts
 
 
-def plan_file(path: str, shared: dict[str, object], folder: Path, ckpt: str, overwrite: bool) -> list[Picture]:
+def plan_file(
+    path: str, shared: dict[str, object], folder: Path, ckpt: str, overwrite: bool, choice: ModelChoice | None = None
+) -> list[Picture]:
     """The pictures of a prompts file that are not in the folder yet. Raises UserError."""
     shared = dict(shared)
     first_seed = shared.pop("seed", 0)
@@ -445,7 +584,9 @@ def plan_file(path: str, shared: dict[str, object], folder: Path, ckpt: str, ove
     pictures = list(zip(jobs, files, strict=True))
     if overwrite:
         return pictures
-    return left_to_draw(pictures, png_parameters, {"checkpoint": checkpoint_path(ckpt).name})
+    choice = choice or ModelChoice()
+    files = {"loras": choice.recorded_loras(), "embeddings": choice.recorded_embeddings()}
+    return left_to_draw(pictures, png_parameters, {"checkpoint": checkpoint_path(ckpt).name, **files})
 
 
 def png_parameters(path: Path) -> dict[str, object]:

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,13 @@ def drawn_here(file: Path, checkpoint: Path, *arguments: object) -> None:
         assert main([*map(str, arguments), "--ckpt", str(checkpoint), "--out", str(file)]) == 0
     finally:
         torch.set_num_threads(threads)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")

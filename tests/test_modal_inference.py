@@ -5,17 +5,23 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import modal
 import pytest
+import torch
 from modal_proto import api_pb2
 from PIL import Image
+from safetensors.torch import save_file
 
 import modal_inference
 from bench.reference.numbers import pixels
 from sd.pictures.parameters import PARAMETERS, Number, Parameter
 from sd.pictures.png import read_parameters, save_png
+from sd.pipeline import DEMO_CHECKPOINT, StableDiffusion
 from tests.modal_fixtures import drawn_here
 from tests.modal_loopback.containers import namespaces_allowed
 
@@ -55,7 +61,8 @@ def check_request(plane) -> None:
     assert plane.function("Service.*").definition.checkpointing_enabled
     assert plane.function("Service.*").definition.concurrency_limit == 1
     commands = plane.image_commands(plane.function("infer"))
-    order = ["FROM ", "build-essential", "uv pip install", "ENV "]
+    order = ["FROM ", "build-essential", "uv pip install", "import triton", "ENV "]
+    assert any("uv pip install" in command and modal_inference.TRITON in command for command in commands)
     places = [next(i for i, command in enumerate(commands) if text in command) for text in order]
     assert places == sorted(places), commands
     assert "3.11" in commands[0]
@@ -87,6 +94,66 @@ def test_several_pictures_of_the_demo_model(loopback):
     assert result.code == 0, result.text
     assert sorted(os.listdir(loopback.cwd)) == ["output-1.png", "output-2.png"]
     assert [read_parameters(loopback.cwd / f"output-{i}.png")["seed"] for i in (1, 2)] == [1, 2]
+
+
+@pytest.fixture
+def lora(tmp_path) -> Path:
+    """A LoRA for two of the demo model's layers, strong enough to be seen."""
+    generator = torch.Generator().manual_seed(3)
+    weights = StableDiffusion.load(DEMO_CHECKPOINT, "cpu").unet.state_dict()
+    found = {}
+    for name in [name for name in weights if name.endswith("attn2.to_q.weight")][:2]:
+        rows, columns = weights[name].shape
+        key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        found[f"{key}.lora_down.weight"] = torch.randn(4, columns, generator=generator)
+        found[f"{key}.lora_up.weight"] = torch.randn(rows, 4, generator=generator)
+    save_file(found, tmp_path / "style.safetensors")
+    return tmp_path / "style.safetensors"
+
+
+@pytest.mark.full(memory=False)
+def test_a_lora_of_this_machine_is_sent_once(loopback, lora, tmp_path):
+    """One prompt and a prompts file draw with it, pixel for pixel as here, and it goes to the volume a single time."""
+    draw = ["--prompt", "a red apple", "--steps", 2, "--seed", 5, "--opt", "none", "--lora", f"{lora}:0.7"]
+    result = loopback.run("run", "modal_inference.py", *draw, "--ckpt", "demo", SD_GPU="none")
+    assert result.code == 0, result.text
+    assert "sending style.safetensors" in result.out
+    drawn_here(tmp_path / "with.png", DEMO_CHECKPOINT, *draw)
+    drawn_here(tmp_path / "without.png", DEMO_CHECKPOINT, *draw[:-2])
+    assert (pixels(loopback.cwd / "output.png") == pixels(tmp_path / "with.png")).all()
+    assert (pixels(tmp_path / "with.png") != pixels(tmp_path / "without.png")).any()
+    assert read_parameters(loopback.cwd / "output.png") == read_parameters(tmp_path / "with.png")
+
+    (loopback.cwd / "p.jsonl").write_text('{"prompt": "a red apple", "steps": 2, "seed": 5}')
+    many = ["--prompts-file", "p.jsonl", "--opt", "none", "--ckpt", "demo"]
+    result = loopback.run("run", "modal_inference.py", *many, "--lora", f"{lora}:0.7", SD_GPU="none")
+    assert result.code == 0, result.text
+    assert (pixels(loopback.cwd / "pictures/00001-5.png") == pixels(tmp_path / "with.png")).all()
+    assert loopback.plane.sent == [f"files/{sha256(lora.read_bytes()).hexdigest()[:16]}/style.safetensors"]
+    tasks = len(loopback.plane.tasks)
+    result = loopback.run("run", "modal_inference.py", *many, "--lora", f"{lora}:0.8", SD_GPU="none")
+    one_line_error(result, "00001-5.png is there and is another picture (its loras")
+    assert len(loopback.plane.tasks) == tasks
+
+
+def test_files_that_are_sent_are_told_apart_by_content(tmp_path, monkeypatch, capsys):
+    """Two of one name, one of them there already, with and without a strength; and how the container finds them."""
+    (tmp_path / "other").mkdir()
+    first, second = tmp_path / "a.pt", tmp_path / "other" / "a.pt"
+    first.write_bytes(b"one")
+    second.write_bytes(b"two")
+    names = [f"files/{sha256(content).hexdigest()[:16]}/a.pt" for content in (b"one", b"two")]
+    batch = MagicMock()
+    monkeypatch.setattr(modal_inference.weights, "batch_upload", batch)
+    choice = modal_inference.named_files({"lora": f"{first}:0.5,{second}", "embedding": f"{second}:word"})
+    said = modal_inference.sent(choice, {names[0]})
+    (call,) = batch.return_value.__enter__.return_value.put_file.call_args_list
+    assert call.args == (second, f"/{names[1]}")
+    assert capsys.readouterr().out == "sending a.pt\n"
+    weights = f"{ROOT}/weights"
+    found = {"lora": [f"{weights}/{names[0]}:0.5", f"{weights}/{names[1]}:1.0"]}
+    assert modal_inference.in_container(said) == {**found, "embedding": [f"{weights}/{names[1]}:word"]}
+    assert modal_inference.sent(modal_inference.named_files({"lora": None}), set()) == ""
 
 
 # ---- mistakes
@@ -127,6 +194,14 @@ def test_mistakes_are_one_line_and_start_nothing(loopback, arguments, words):
         ({"prompt": "x", "seed": -1}, "seed must be from 0"),
         ({"prompt": "x", "sampler": "magic"}, "no sampler 'magic'"),
         ({"prompt": "x", "max_containers": 0}, "at least 1"),
+        ({"prompt": "x", "opt": "float8"}, "float8 needs an NVIDIA GPU with sm89 or newer; this is A10 (sm86)"),
+        ({"prompt": "x", "opt": "exact,bf16", "gpu": "t4"}, "bf16 needs an NVIDIA GPU with sm80 or newer; this is T4"),
+        ({"prompt": "x", "opt": "cpu-linear", "gpu": "H100"}, "cpu-linear needs a CPU; this is H100 (sm90)"),
+        (
+            {"prompt": "x", "lora": "there.safetensors,gone.safetensors:0.5"},
+            "--lora: there is no file gone.safetensors",
+        ),
+        ({"prompt": "x", "embedding": "gone.pt:word"}, "--embedding: there is no file gone.pt"),
         ({"prompts_file": "bad.jsonl"}, "bad.jsonl line 2: steps"),
         ({"prompts_file": "image.jsonl"}, "image.jsonl line 1: init_image"),
         ({"prompts_file": "control.jsonl"}, "control.jsonl line 1: control is a file of this machine"),
@@ -139,6 +214,7 @@ def test_more_mistakes(tmp_path, monkeypatch, capsys, arguments, words):
     Path("bad.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "steps": 0}\n')
     Path("image.jsonl").write_text('{"prompt": "x", "init_image": "a.png"}\n')
     Path("control.jsonl").write_text('{"prompt": "x", "control": "n.safetensors:a.png"}\n')
+    Path("there.safetensors").write_bytes(b"")
     Path("other.txt").write_text("a fox\n")
     Path("pictures").mkdir()
     Path("pictures/00001-0.png").write_bytes(b"somebody's")
@@ -153,7 +229,12 @@ def test_more_mistakes(tmp_path, monkeypatch, capsys, arguments, words):
 
 @pytest.mark.parametrize(
     ("environment", "words"),
-    [({"SD_GPU": "A11"}, "no GPU 'A11'"), ({"SD_AUTH": "none"}, 'SD_AUTH must be "proxy" or "basic"')],
+    [
+        ({"SD_GPU": "A11"}, "no GPU 'A11'"),
+        ({"SD_AUTH": "none"}, 'SD_AUTH must be "proxy" or "basic"'),
+        ({"SD_GPU": "T4", "SD_OPT": "fused-norm"}, "fused-norm needs an NVIDIA GPU with sm80 or newer; this is T4"),
+        ({"SD_GPU": "none", "SD_OPT": "loop-graph"}, "loop-graph needs an NVIDIA GPU; this is a container without"),
+    ],
 )
 def test_wrong_settings(loopback, environment, words):
     one_line_error(loopback.run("deploy", "modal_inference.py", **environment), words)
@@ -174,19 +255,34 @@ def test_a_failure_in_the_container(filled):
     assert os.listdir(filled.cwd) == []
 
 
+@pytest.fixture
+def script(repository) -> Iterator[Callable[[str], None]]:
+    """script(text): a program in the place of modal_infer.sh, through the same mounts."""
+    program = repository / "modal_infer.sh"
+    before = program.read_bytes()
+    yield lambda text: program.write_text(f"#!/bin/sh\n{text}\n")
+    program.write_bytes(before)
+
+
+def test_the_cache_is_committed_when_it_has_changed(filled, script):
+    """What a container compiles is there for the next one; one that compiled nothing commits nothing."""
+    compiled = []
+    for text in ("echo one", "echo one", "echo two!"):  # a new file, nothing, another content
+        script(f"cd $(dirname $0)/cache; {text} > new; cmp -s new kernel && rm new || mv new kernel")
+        filled.run("run", "modal_inference.py", "--prompt", "x", "--steps", 1)
+        compiled.append(len(filled.plane.commits))
+    assert filled.plane.commits == ["vo-sd-cache"] * 2, compiled
+    assert compiled == [1, 1, 2]
+
+
 @pytest.mark.full(memory=False)
-def test_weights_cannot_be_written_in_the_container(filled):
+def test_weights_cannot_be_written_in_the_container(filled, script):
     if not namespaces_allowed():
         pytest.skip("mount namespaces are not allowed here")
-    script = "import os; print(os.access('/root/weights', os.W_OK), os.access('/root/cache', os.W_OK))"
-    # A program in the place of modal_infer.sh, through the same mounts.
-    program = filled.repository / "modal_infer.sh"
-    before = program.read_bytes()
-    try:
-        program.write_text(f'#!/bin/sh\nexec python -c "{script}"\n')
-        result = filled.run("run", "modal_inference.py", "--prompt", "x", "--steps", 1)
-    finally:
-        program.write_bytes(before)
+    script(
+        """exec python -c "import os; print(os.access('/root/weights', os.W_OK), os.access('/root/cache', os.W_OK))\""""
+    )
+    result = filled.run("run", "modal_inference.py", "--prompt", "x", "--steps", 1)
     assert "False True" in result.out
 
 
@@ -234,6 +330,9 @@ def test_the_flags_are_those_of_the_table():
     of_files |= {"control", "control_preprocess"}
     of_pictures = {name: (one.check.kind | None, None) for name, one in PARAMETERS.items() if name not in of_files}
     assert of_pictures.items() <= flags.items()
+    assert {name: flags[name] for name in modal_inference.FILES} == dict.fromkeys(
+        ("lora", "embedding"), (str | None, None)
+    )
     assert not {*of_files, "given"} & set(flags)
     assert flags["opt"][1] == modal_inference.read_settings({})["SD_OPT"] == "default"
 
@@ -241,7 +340,7 @@ def test_the_flags_are_those_of_the_table():
 def test_a_new_parameter_is_a_flag_and_reaches_the_container(monkeypatch, tmp_path):
     class Function:
         @staticmethod
-        def remote(ckpt: str, flags: list[str]) -> tuple[list[bytes], str]:
+        def remote(ckpt: str, flags: list[str], files: str) -> tuple[list[bytes], str]:
             asked.extend(flags)
             return [b"png"], ""
 
@@ -249,7 +348,7 @@ def test_a_new_parameter_is_a_flag_and_reaches_the_container(monkeypatch, tmp_pa
     assert flags_of(modal_inference.with_parameters(lambda **given: None))["wobble"] == (float | None, None)
     asked: list[str] = []
     pictures = modal_inference.plan_prompt("-x", {"seed": 3, "wobble": 1.5}, f"{tmp_path}/a.png")
-    modal_inference.draw_prompt(pictures, Function, "demo", "default")
+    modal_inference.draw_prompt(pictures, Function, "demo", "default", "")
     wanted = ["--prompt=-x", "--negative-prompt=", "--steps=50", "--cfg-scale=7.5", "--seed=3", "--sampler=ddpm"]
     assert asked == [*wanted, "--num-images=1", "--wobble=1.5", "--opt=default"]
     assert (tmp_path / "a.png").read_bytes() == b"png"

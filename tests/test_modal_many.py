@@ -4,8 +4,7 @@ import json
 import os
 import re
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,19 +15,12 @@ import torch
 import modal_inference
 from bench.reference.numbers import pixels
 from sd.pictures.png import read_parameters
-from tests.modal_fixtures import drawn_here
+from tests.modal_fixtures import drawn_here, wait_for
 
 pytest_plugins = ["tests.modal_fixtures"]
 
 CPU = {"SD_GPU": "none"}
 """A container without a GPU, so that pixels can be compared with those of this machine."""
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it takes too long"
-        time.sleep(0.02)
 
 
 def write_prompts(path: Path, lines: list[dict]) -> None:

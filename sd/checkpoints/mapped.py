@@ -30,6 +30,15 @@ def _mapped_files() -> list[tuple[int, int]]:
     return [(first, last) for first, last in bounds if last - first >= LARGE_FILE]
 
 
+def into_memory(tensors: Iterable[Tensor]) -> None:
+    """Copy those that are mapped, so that the file may go: they stay the same parameters, with the same values.
+
+    A pipeline of them is told by `note_loaded` that these are as its file has them, elsewhere though they lie.
+    """
+    for tensor in mapped(tensors):
+        tensor.data = tensor.data.clone()
+
+
 def page_out(tensor: Tensor) -> None:
     """Tell Linux that a mapped tensor is not needed for a while: it stops to count as this process's memory.
 

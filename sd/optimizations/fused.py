@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd import unet, vae
+from sd import gpus, unet, vae
 from sd.optimizations.base import Need, Patch, Stage, capability, here, optimization, without_bias
 from sd.pipeline import StableDiffusion
 from sd.unet import GEGLU, BasicTransformerBlock, ResBlock, SpatialTransformer
@@ -31,7 +31,7 @@ def _why_not(pipe: StableDiffusion) -> str:
         return "Triton is not installed: pip install triton"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return ""
-    if capability(pipe) < (8, 0):
+    if capability(pipe) < gpus.AMPERE:
         return f"this is {here(pipe)}"
     # Triton compiles the function that launches a kernel.
     compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
@@ -40,7 +40,7 @@ def _why_not(pipe: StableDiffusion) -> str:
     )
 
 
-SM80 = Need("an NVIDIA GPU with sm80 or newer", _why_not)
+SM80 = Need(gpus.needed("fused-norm"), _why_not)
 
 
 def _gpu() -> ModuleType:

@@ -4,7 +4,9 @@ import logging
 
 import torch
 
-from sd.optimizations.base import OptimizationError, Patch, Stage, optimization
+from sd import gpus
+from sd.optimizations.base import Need, OptimizationError, Patch, Stage, capability, here, optimization
+from sd.pipeline import StableDiffusion
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +38,16 @@ def fp16(patch: Patch) -> None:
     _cast(patch, torch.float16)
 
 
+def _bf16_runs(pipe: StableDiffusion) -> str:
+    return "" if gpus.enough("bf16", capability(pipe)) else f"this is {here(pipe)}, which would emulate it; use fp16"
+
+
 @optimization(
     "bf16",
     stage=Stage.PRECISION,
     exact=False,
     summary="weights and activations in bf16",
+    needs=Need(f"a CPU, or {gpus.needed('bf16')}", _bf16_runs),
     conflicts=("fp16",),
     dtype=torch.bfloat16,
     beside=AS_THE_PIPELINE,

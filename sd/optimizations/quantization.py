@@ -52,6 +52,7 @@ from torch.ao.quantization import (
     prepare,
 )
 
+from sd import gpus
 from sd.attention import merge_heads, split_heads
 from sd.guidance import Conditions
 from sd.noise import PictureNoise
@@ -159,7 +160,7 @@ def _int8_dynamic_runs(pipe: StableDiffusion) -> str:
 
 
 def _float8_runs(pipe: StableDiffusion) -> str:
-    if capability(pipe) >= (8, 9) and pipe.dtype in (torch.float16, torch.bfloat16):
+    if capability(pipe) >= gpus.ADA and pipe.dtype in (torch.float16, torch.bfloat16):
         return ""
     return f"this is {here(pipe)}; use int8-dynamic on older GPUs, int8-static on CPUs"
 
@@ -210,7 +211,7 @@ def int8_dynamic(patch: Patch, layers: Collection[str] | None = None) -> None:
     _apply_torchao(patch, "int8_dynamic", layers)
 
 
-FLOAT8 = Need("an NVIDIA GPU with sm89 or newer, in fp16 or bf16", _float8_runs)
+FLOAT8 = Need(f"{gpus.needed('float8')}, in fp16 or bf16", _float8_runs)
 
 
 @optimization(

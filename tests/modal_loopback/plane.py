@@ -129,6 +129,7 @@ class ControlPlane:
         self.uploads = {} if uploads is None else uploads
         self.volumes: dict[str, str] = {}
         self.commits: list[str] = []
+        self.sent: list[str] = []
         self.secrets: dict[str, dict[str, str]] = {}
         self.deployed_secrets = secrets or {}
         self.unknown: set[str] = set()
@@ -282,6 +283,8 @@ class ControlPlane:
         return api_pb2.MountBatchedCheckExistenceResponse(missing_sha256_hex_hashes=missing)
 
     async def MountPutFile(self, request, task):
+        if not (request.data or request.data_blob_id):  # asks whether it is here; Volumes ask that one by one
+            return api_pb2.MountPutFileResponse(exists=request.sha256_hex in self.uploads)
         data = self.blobs.contents[request.data_blob_id] if request.data_blob_id else request.data
         assert hashlib.sha256(data).hexdigest() == request.sha256_hex
         self.uploads[request.sha256_hex] = data
@@ -386,6 +389,14 @@ class ControlPlane:
             shutil.rmtree(path)
         else:
             path.unlink()
+        return Empty()
+
+    async def VolumePutFiles(self, request, task):
+        for file in request.files:
+            path = self.volumes_folder / request.volume_id / file.filename.lstrip("/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self._content(file.sha256_hex))
+            self.sent.append(file.filename.lstrip("/"))
         return Empty()
 
     async def VolumeCommit(self, request, task):

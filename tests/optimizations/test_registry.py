@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sd import optimizations
+from sd import gpus, optimizations
 from sd.kernels import dots, native
 from sd.optimizations import OptimizationError, catalog, registry
 from sd.optimizations.registry import LARGE
@@ -355,3 +355,25 @@ def test_the_import_is_light():
     code += f"; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("capability", [gpus.NONE, (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
+def test_what_a_device_can_run_is_known_from_its_name(card, monkeypatch, capability):
+    """Whoever rents a GPU is told what the container would say: each need is asked for a pipeline on such a device."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name)  # Triton is there, and a compiler
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    pipe = card(capability) if capability != gpus.NONE else a_pipe("cpu")
+    here = set(catalog()) - ({"page-out", "cpu-bf16", "cpu-int8", "prepacked"} if capability == gpus.NONE else set())
+    runs = {name for name in here if not catalog()[name].needs.why_not(pipe)}
+    assert runs == {name for name in here if gpus.enough(name, capability)}
+    assert set(gpus.LEAST) | gpus.OF_CPUS <= set(catalog())
+
+
+def test_what_is_lacking_says_what_it_needs():
+    assert gpus.lacking("exact,deepcache=2", (7, 5)) == {}  # of a preset, the rest is drawn with
+    assert gpus.lacking("bf16, winograd=0.5", (7, 5)) == {
+        "bf16": "an NVIDIA GPU with sm80 or newer",
+        "winograd": "a CPU",
+    }
+    assert gpus.lacking("float8", (8, 6)) == {"float8": "an NVIDIA GPU with sm89 or newer"}
+    assert gpus.lacking("cuda-graph,bf16", gpus.NONE) == {"cuda-graph": "an NVIDIA GPU"}
