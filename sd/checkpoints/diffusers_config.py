@@ -187,7 +187,7 @@ def config_to(config: Config) -> dict[str, dict[str, Any]]:
     return {
         "text_encoder": _text_json(config.text),
         "unet": _unet_json(config),
-        "vae": _vae_json(config),
+        "vae": _vae_json(config.vae),
         "scheduler": _scheduler_json(config.prediction),
     }
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sd.checkpoints.diffusers_config import FILES, config_from, config_to
@@ -18,6 +17,7 @@ from sd.checkpoints.diffusers_names import of_today, text_names, unet_names, vae
 from sd.checkpoints.errors import CheckpointError, damaged
 from sd.checkpoints.files import Opened, open_checkpoint
 from sd.checkpoints.layouts import PREFIXES
+from sd.checkpoints.saving import save_sorted
 from sd.checkpoints.sd2 import as_convolutions
 from sd.checkpoints.shapes import check_config
 from sd.config import Config
@@ -125,19 +125,19 @@ def _renamed(parts: Mapping[str, Mapping[str, Tensor]], config: Config) -> dict[
 # ---- writing
 
 
-def write_folder(
-    path: Path, tensors: Mapping[str, Tensor], config: Config, metadata: dict[str, str], data: Path
-) -> None:
+def write_folder(path: Path, tensors: Mapping[str, Tensor], config: Config, data: Path) -> None:
     """Write a model into an empty folder. tensors: all of it, by the names and shapes of SD 1's layout.
 
-    metadata: of the UNet's file. data: the folder that holds the tokenizer's vocabulary.
+    data: the folder that holds the tokenizer's vocabulary. What the JSON files cannot say of the configuration, the
+    metadata of the UNet's file do.
     """
+    said = {} if config_from(config_to(config)) == config else {"config": config.to_json()}
     for part, names in names_of(config).items():
         own = {theirs: tensors[PREFIXES[part] + name] for name, theirs in names.items()}
         own = {theirs: _matrix(theirs, tensor, config) for theirs, tensor in own.items()}
         file = path / FOLDERS[part] / f"{_STEMS[part][0]}.safetensors"
         file.parent.mkdir(parents=True)
-        save_file(own, file, metadata=metadata if part == "unet" else {"format": "pt"})
+        save_sorted(own, file, {"format": "pt", **(said if part == "unet" else {})})
     for part, content in config_to(config).items():
         _write_json(path / FILES[part], content)
     _write_json(path / INDEX, _index(config))

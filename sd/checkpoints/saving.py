@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sd.checkpoints.errors import CheckpointError, StrPath, naming, some
+from sd.checkpoints.files import Opened
 from sd.checkpoints.layouts import PREFIXES, TOKEN_IDS, TOKEN_TABLE
-from sd.checkpoints.sd2 import as_stored
+from sd.checkpoints.sd2 import as_stored, marks_of
+from sd.checkpoints.shapes import config_of
 from sd.clip import CLIP
 from sd.config import Config
 from sd.models import build
@@ -48,6 +50,23 @@ def save(
             _write(Path(path), tensors, metadata)
         else:
             _write_split(Path(path), tensors, metadata, max_bytes)
+
+
+def write_model(path: Path, config: Config, tensors: dict[str, Tensor]) -> None:
+    """Write a whole model, by the names and shapes of SD 1's layout, in the original layout of its family.
+
+    The metadata say of the configuration what the shapes do not. Raises CheckpointError without the path.
+    """
+    _write(path, _unshared(as_stored(tensors, config)), _what_shapes_do_not_say(config, tensors))
+
+
+def _what_shapes_do_not_say(config: Config, tensors: dict[str, Tensor]) -> dict[str, str]:
+    said = {"format": "pt"}
+    if config.text.openclip or config.prediction != "eps":
+        said["modelspec.prediction_type"] = {"eps": "epsilon"}.get(config.prediction, config.prediction)
+    if config_of(Opened(tensors, said, 0, mapped=False, marks=marks_of(config))) != config:
+        said["config"] = config.to_json()
+    return said
 
 
 def _tensors_to_save(
@@ -102,7 +121,20 @@ def _writing(path: Path) -> Iterator[Path]:
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     with _writing(path) as part:
-        save_file(tensors, part, metadata=metadata)
+        save_sorted(tensors, part, metadata)
+
+
+def save_sorted(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """`save_file`, with the metadata sorted: it writes them in any order, and one model shall be the same bytes."""
+    save_file(tensors, path, metadata=metadata)
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _write_split(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], max_bytes: int) -> None:

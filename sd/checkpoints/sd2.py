@@ -53,6 +53,12 @@ def marks(tensors: Tensors) -> frozenset[str]:
     return frozenset(mark for mark, there in found.items() if there)
 
 
+def marks_of(config: Config) -> frozenset[str]:
+    """The same of what a model of this configuration is written as."""
+    there = {OPENCLIP_MARK: config.text.openclip, MATRICES_MARK: config.unet.linear_projections}
+    return frozenset(mark for mark, is_there in there.items() if is_there)
+
+
 def as_sd1(tensors: Tensors) -> Tensors:
     """By the names of SD 1's layout. What is not used keeps its own: the last layer, text_projection, logit_scale."""
     unused = _unused_layer(tensors)
