@@ -5,9 +5,10 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ class EndsInWords:
     itself, the program around would cancel all requests, and their clients would hear nothing.
     """
 
-    def __init__(self, app: FastAPI, grace: float = 15.0):
+    def __init__(self, app: "FastAPI", grace: float = 15.0):
         self.app = app
         self.grace = grace
         self._ending: asyncio.Task | None = None
