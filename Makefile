@@ -26,8 +26,8 @@ test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile
 
 test-full: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m full -rs tests/test_full_size.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m full -rs -n 2 --dist loadfile --ignore tests/test_full_size.py
+	$(BIN)/python -m pytest -m full -rs tests/test_full_size*.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m full -rs -n 2 --dist loadfile --ignore-glob="*/test_full_size*.py"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

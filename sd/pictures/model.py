@@ -203,12 +203,19 @@ class ModelChoice:
 
         return [self.vae.name, fingerprint(self.vae)] if self.vae else None
 
+    def recorded_files(self) -> dict[str, list | None]:
+        """All of these by the names that they have in a PNG."""
+        return {
+            "loras": self.recorded_loras(),
+            "embeddings": self.recorded_embeddings(),
+            "vae": self.recorded_vae(),
+        }
+
     def same(self, checkpoint: Path) -> dict[str, object]:
         """What a picture's file must say of the model, to be one of this run's."""
         from sd.pictures.provenance import fingerprint
 
-        files = {"loras": self.recorded_loras(), "embeddings": self.recorded_embeddings(), "vae": self.recorded_vae()}
-        return {"checkpoint_hash": fingerprint(checkpoint), **files}
+        return {"checkpoint_hash": fingerprint(checkpoint), **self.recorded_files()}
 
     def facts(self, pipe: "StableDiffusion", checkpoint: Path) -> dict[str, object]:
         """What a picture's PNG says of the model and the machine; --from-png reads it."""
@@ -221,9 +228,7 @@ class ModelChoice:
             "checkpoint_hash": fingerprint(checkpoint),
             "ema": self.ema,
             "prediction": pipe.config.prediction if pipe.config.prediction != "eps" else None,
-            "loras": self.recorded_loras(),
-            "embeddings": self.recorded_embeddings(),
-            "vae": self.recorded_vae(),
+            **self.recorded_files(),
             "quantized": self.load_quantized and self.load_quantized.name,
             **running,
         }
