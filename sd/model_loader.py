@@ -20,7 +20,7 @@ from sd.checkpoints.files import Opened, check_size, written
 from sd.checkpoints.layouts import PREFIXES, TOKEN_IDS, TOKEN_TABLE, ema_name, unusual
 from sd.checkpoints.mapped import drop_pages
 from sd.checkpoints.saving import save
-from sd.checkpoints.shapes import config_of
+from sd.checkpoints.shapes import config_of, is_guess
 from sd.checkpoints.vae_files import open_vae, vae_file
 from sd.checkpoints.whole import open_controlnet, open_model
 from sd.clip import CLIP
@@ -109,6 +109,9 @@ def read(
     with naming(path):
         opened = open_model(Path(path))
         config = config_of(opened, prediction)
+        if not prediction and is_guess(opened):
+            told = "the file does not say what its UNet predicts; it looks like %s: --prediction eps or v decides"
+            log.warning(told, config.prediction)
         models = dict(zip(PREFIXES, _build_checked(config), strict=True))
         others = {"vae": vae} if vae else {}
         states = _states({part: m for part, m in models.items() if part not in others}, opened, ema, device, dtype)
