@@ -31,7 +31,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from sd import samplers  # noqa: E402
-from sd.pictures import drawing, loras, parameters  # noqa: E402
+from sd.pictures import drawing, loras, parameters, vocabulary  # noqa: E402
 from sd.pictures.controls import check_controls, load_controls  # noqa: E402
 from sd.pictures.files import DEFAULT, NAME_FIELDS, Pictures  # noqa: E402
 from sd.pictures.model import ModelChoice, add_model_options, add_speed_options  # noqa: E402
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from sd.pipeline import StableDiffusion
 
 Options = TypeVar("Options")
+log = logging.getLogger(f"sd.{__name__}" if __name__ == "__main__" else __name__)
 
 
 # ---- arguments
@@ -165,6 +166,8 @@ def run(asked: Run, model: ModelChoice) -> None:
         save_quantized(pipe, asked.save_quantized)
     drawing.check_sizes(pipe, jobs)
     load_controls(pipe, jobs)
+    if told := vocabulary.notice(pipe, jobs):
+        log.warning(told)
     facts, at_once = model.facts(pipe, checkpoint), (asked.batch_size, asked.place)
     how = drawing.Draw(facts, asked.save, out, asked.watching, *at_once, model.lora_dir)
     failed = drawing.draw_all(pipe, windows, count, how, watch)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from sd.pictures.drawing import draw_batch, is_out_of_memory, release
 from sd.pictures.plan import Job
 from sd.pictures.png import to_png
+from sd.pictures.vocabulary import near, unknown_words
 from sd.service.metrics import Metrics
 from sd.service.orders import Order
 from sd.service.worker import Event, FailedError, Report, Work
@@ -27,6 +28,7 @@ class Drawer:
         self.metrics = metrics
         self._previews: Previews | None = None
         self._cut: list[str] = []
+        self._unknown: dict[str, list[str]] = {}
         pipe.tokenizer.on_cut = lambda length, most, text: self._cut.append(text)
 
     def work_for(self, order: Order) -> Work:
@@ -46,16 +48,19 @@ class Drawer:
         return work
 
     def _picture(self, image: "Image.Image") -> Event:
-        """cut: what of the prompts the model did not read."""
+        """cut: what of the prompts the model did not read. unknown: words it has not learned, each with some near."""
         parameters = {**image.info, **self.facts}
         cut = {"cut": list(dict.fromkeys(self._cut))} if self._cut else {}
-        return {"png": to_png(image, parameters), "parameters": parameters, "times": dict(self.pipe.times), **cut}
+        unknown = {"unknown": self._unknown} if self._unknown else {}
+        told = {**cut, **unknown}
+        return {"png": to_png(image, parameters), "parameters": parameters, "times": dict(self.pipe.times), **told}
 
     def _draw(
         self, order: Order, job: Job, files: "Mapping[str, Image.Image]", report: Report, place: Event
     ) -> "Image.Image":
         self.pipe.times.clear()
         self._cut.clear()
+        self._unknown = near(self.pipe, unknown_words(self.pipe, job))
         return draw_batch(self.pipe, [job], files, [order.origin], self._on_step(order, report, place))[0]
 
     def _on_step(self, order: Order, report: Report, place: Event) -> "OnStep":
