@@ -22,14 +22,18 @@ _NOT_WORDS = re.compile(r"<lora:[^<>]*>|\bBREAK\b")
 _LETTERS = re.compile(r"[^\W\d_]+")
 
 
-def unknown_words(pipe: "StableDiffusion", job: Job) -> list[str]:
-    """Of a picture's prompts, the words that its model has not learned, each once, in lower case."""
+def unknown_words(pipe: "StableDiffusion", jobs: Iterable[Job]) -> list[str]:
+    """Of all these prompts, the words that the model has not learned, each once, in lower case."""
+    words = dict.fromkeys(word for job in jobs for word in _words(pipe, job))
+    return [word for word in words if not _is_known(pipe, word)]
+
+
+def _words(pipe: "StableDiffusion", job: Job) -> Iterator[str]:
     texts = [_NOT_WORDS.sub(" ", text) for text in (job.prompt, job.negative_prompt) if text]
     if pipe.words:
         learned = re.compile("|".join(re.escape(word) for word in pipe.words.words), re.IGNORECASE)
         texts = [learned.sub(" ", text) for text in texts]
-    words = dict.fromkeys(word for text in texts for word in _LETTERS.findall(text.lower()))
-    return [word for word in words if not _is_known(pipe, word)]
+    return (word for text in texts for word in _LETTERS.findall(text.lower()))
 
 
 def _is_known(pipe: "StableDiffusion", word: str) -> bool:
@@ -67,7 +71,7 @@ def _near(word: str, known: list[str]) -> list[str]:
 
 def notice(pipe: "StableDiffusion", jobs: Iterable[Job]) -> str:
     """One line about the words of all these prompts that the model has not learned, with what is near; "" for none."""
-    words = list(dict.fromkeys(word for job in jobs for word in unknown_words(pipe, job)))
+    words = unknown_words(pipe, jobs)
     if not words:
         return ""
     named = (

@@ -60,7 +60,7 @@ class Drawer:
     ) -> "Image.Image":
         self.pipe.times.clear()
         self._cut.clear()
-        self._unknown = near(self.pipe, unknown_words(self.pipe, job))
+        self._unknown = near(self.pipe, unknown_words(self.pipe, [job]))
         return draw_batch(self.pipe, [job], files, [order.origin], self._on_step(order, report, place))[0]
 
     def _on_step(self, order: Order, report: Report, place: Event) -> "OnStep":

@@ -35,8 +35,7 @@ def jobs(*prompts: str, **others: object):
     ],
 )
 def test_words_without_a_row(demo, prompt, others, expected):
-    (job,) = jobs(prompt, **others)
-    assert unknown_words(demo, job) == expected
+    assert unknown_words(demo, jobs(prompt, **others)) == expected
 
 
 def test_words_that_are_near(demo):
@@ -47,13 +46,13 @@ def test_words_that_are_near(demo):
     assert "apple" in found["aple"]
     assert found["qqqq"] == []
     for word in {one for others in found.values() for one in others}:
-        assert not unknown_words(demo, *jobs(word)), word
+        assert not unknown_words(demo, jobs(word)), word
 
 
 def test_learned_words_are_known(demo, monkeypatch):
     monkeypatch.setitem(demo.words.words, "lighthouse", None)
-    assert unknown_words(demo, *jobs("a lighthouse")) == []
-    assert unknown_words(demo, *jobs("a storm")) == ["storm"]
+    assert unknown_words(demo, jobs("a lighthouse")) == []
+    assert unknown_words(demo, jobs("a storm")) == ["storm"]
 
 
 def test_a_whole_table_knows_all():
