@@ -1,4 +1,4 @@
-"""The command line: `python sd/inference.py --prompt "a lighthouse in a storm"`.
+"""The command line: `python sd/inference.py --prompt "a red apple"`.
 
 Only the standard library is imported before the arguments are read, so that --help and a typing error answer at once.
 """
@@ -133,6 +133,20 @@ def _add_watching(add: Callable[..., object]) -> None:
     add("--save-steps", type=Path, metavar="FILE", help="all steps as an animation: .webp, .gif or .png")
 
 
+FIRST_SCREEN = """\
+Stable Diffusion 1.5: a prompt becomes a picture.
+
+  python sd/inference.py --prompt "a blue fox on a yellow background"
+  python sd/inference.py --prompt "a castle" --fast --num-images 4 --out "castle-{seed}.png"
+  python sd/inference.py --from-png output.png --opt kv-cache,deepcache=3 --explain
+
+Without other weights it draws with the demo model that is in here: 1,100 things as drawings.
+python sd/download.py fetches Stable Diffusion 1.5 (4.3 GB); --ckpt FILE names any other model.
+
+--help lists all options, --list-opts what makes it faster, --list-samplers the samplers."""
+"""What somebody sees who types no options."""
+
+
 # ---- the run
 
 
@@ -254,6 +268,9 @@ class SomeFailedError(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
+    if not (sys.argv[1:] if argv is None else argv):
+        print(FIRST_SCREEN, file=sys.stderr)
+        return 2
     return exit_code(lambda: run(*parse_arguments(argv)))
 
 

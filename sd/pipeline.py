@@ -26,6 +26,7 @@ from sd.embeddings import Words
 from sd.guidance import Call, Conditions, Guided, from_velocity
 from sd.images import to_pil
 from sd.lora import Loras
+from sd.nearest import there_are
 from sd.noise import PictureNoise
 from sd.prompt_steps import over_steps
 from sd.prompts import cut, loras, padded, tokenize, weighted
@@ -207,7 +208,7 @@ class StableDiffusion:
     def remove_embeddings(self, word: str | None = None) -> None:
         """Forget this learned word or all: it is text again."""
         if word is not None and word not in self.words.words:
-            raise ValueError(f"no learned word {word!r}; there are {', '.join(self.words.words) or 'none'}")
+            raise ValueError(f"no learned word {word!r}{there_are(word, self.words.words)}")
         self.words.forget(list(self.words.words) if word is None else [word])
 
     def add_control(self, path: str | os.PathLike) -> str:

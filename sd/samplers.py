@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from sd import solvers
 from sd.ddpm import ddpm, predict_x0
+from sd.nearest import there_are
 from sd.schedules import SCHEDULES, Schedule, abar_of
 from sd.solvers import ancestral, noised
 
@@ -115,14 +116,14 @@ def read(text: str) -> tuple[str, str | None]:
         name = _sampler_words().get(squeezed.removesuffix(ending)) if squeezed.endswith(ending) else None
         if name:
             return name, schedule
-    raise ValueError(f"no sampler {text!r}; there are {', '.join(SAMPLERS)}")
+    raise ValueError(f"no sampler {text!r}{there_are(text, SAMPLERS)}")
 
 
 def read_schedule(text: str) -> str:
     """A schedule's name, however it is written. Raises ValueError for what is none."""
     if name := _schedule_words().get(_squeezed(text)):
         return name
-    raise ValueError(f"no schedule {text!r}; there are {', '.join(SCHEDULES)}")
+    raise ValueError(f"no schedule {text!r}{there_are(text, SCHEDULES)}")
 
 
 def _squeezed(text: str) -> str:
