@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     speed("--explain", action="store_true", help="print what runs in each module, and which optimization put it there")
     speed("--batch-size", type=int, metavar="N", help="pictures at once (what memory allows; halved when it runs out)")
     _add_output(parser.add_argument_group("the files").add_argument)
-    _add_watching(parser.add_argument_group("while a picture forms").add_argument)
+    _add_watching(parser.add_argument_group("to look at").add_argument)
     return parser
 
 
@@ -122,6 +122,7 @@ def _add_output(add: Callable[..., object]) -> None:
 
 
 def _add_watching(add: Callable[..., object]) -> None:
+    add("--show", action="store_true", help="show each picture in the terminal when it is drawn")
     add(
         "--preview",
         type=int,

@@ -50,6 +50,7 @@ class Run:
     preview_file: Path | None = None
     preview_decoder: Path | None = None
     save_steps: Path | None = None
+    show: bool = False
     place: tuple[int, int] | None = None
 
     @property
@@ -59,7 +60,7 @@ class Run:
     @property
     def watching(self) -> Watching:
         """What is to be seen of the pictures while they form."""
-        return Watching(self.preview, self.preview_file, self.save_steps, self.preview_decoder)
+        return Watching(self.preview, self.preview_file, self.save_steps, self.preview_decoder, self.show)
 
     @property
     def save(self) -> Save:
