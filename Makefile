@@ -21,7 +21,7 @@ define SHORT
 /^ *Using cached .*\.whl \(/ { sub(/^ *Using cached /, ""); sub(/.*\//, ""); show("cached    " $$0) }
 /^ *Processing / { sub(/^ *Processing /, ""); sub(/.*\//, ""); show("on disk   " $$0) }
 /^Installing collected packages/ { show("install   " NF - 3 " packages, which takes a minute") }
-function show(text) { printf "%s%3d %s\n", "  ", ++count, text; fflush() }
+function show(text) { sub(/-(cp|py)[^ ]*\.whl/, "", text); sub(/ \(from .*/, "", text); printf "%s%3d %s\n", "  ", ++count, text; fflush() }
 endef
 export SHORT
 INSTALL = set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
