@@ -10,10 +10,11 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 RANDOM_SEED = -1  # what other programs call no seed
@@ -166,6 +167,10 @@ def run(asked: Run, model: ModelChoice) -> None:
     check_files(jobs, model, recorded)
     with watch("import"):
         import sd.pipeline  # noqa: F401
+    if __name__ == "__main__":  # who calls this from a program of their own keep their signals
+        from sd.checkpoints.shrinking import on_bus_error
+
+        on_bus_error(leave_at_once)
     checkpoint = model.checkpoint(recorded)
     windows, count = left_of(pictures, asked, checkpoint, model)
     if pictures and not count:
@@ -300,9 +305,20 @@ def exit_code(action: Callable[[], None]) -> int:
 
 def fail(message: str) -> int:
     """One line, without the terminal codes that names and files may hold."""
-    shown = "".join(character if character.isprintable() else " " for character in message)
-    print(f"error: {' '.join(shown.split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
+
+
+def one_line(message: str) -> str:
+    shown = "".join(character if character.isprintable() else " " for character in message)
+    return " ".join(shown.split())
+
+
+def leave_at_once(message: str) -> NoReturn:
+    """From a thread that cannot go on."""
+    with suppress(OSError):
+        os.write(2, f"\nerror: {one_line(message)}\n".encode())  # on a line of its own, below a bar
+    os._exit(2)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ def draw_batch(
 
     Each has in `info` all that its PNG will say of it, but for the model and the machine.
     """
+    if pipe.source is not None:
+        pipe.source.check_unwritten()
     own = {one.name: [getattr(job, one.name) for job in jobs] for one in recorded() if one.own}
     shared = {one.name: getattr(jobs[0], one.name) for one in recorded() if not one.own}
     named = {one.name: None for one in recorded() if one.file}

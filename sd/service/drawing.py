@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from sd.checkpoints.errors import CheckpointError
 from sd.pictures.drawing import draw_batch, is_out_of_memory, release
 from sd.pictures.plan import Job
 from sd.pictures.png import to_png
@@ -20,12 +21,22 @@ if TYPE_CHECKING:
 
 
 class Drawer:
-    """Draws orders with one pipeline, which nobody else uses. facts: what each PNG says of model and machine."""
+    """Draws orders with one pipeline, which nobody else uses.
 
-    def __init__(self, pipe: "StableDiffusion", facts: Mapping[str, object], metrics: Metrics):
+    facts: what each PNG says of model and machine. lose: is told when the weights are no longer what they were.
+    """
+
+    def __init__(
+        self,
+        pipe: "StableDiffusion",
+        facts: Mapping[str, object],
+        metrics: Metrics,
+        lose: Callable[[str], None] = lambda message: None,
+    ):
         self.pipe = pipe
         self.facts = facts
         self.metrics = metrics
+        self.lose = lose
         self._previews: Previews | None = None
         self._cut: list[str] = []
         self._unknown: dict[str, list[str]] = {}
@@ -60,8 +71,13 @@ class Drawer:
     ) -> "Image.Image":
         self.pipe.times.clear()
         self._cut.clear()
-        self._unknown = near(self.pipe, unknown_words(self.pipe, [job]))
-        return draw_batch(self.pipe, [job], files, [order.origin], self._on_step(order, report, place))[0]
+        try:
+            (image,) = draw_batch(self.pipe, [job], files, [order.origin], self._on_step(order, report, place))
+            self._unknown = near(self.pipe, unknown_words(self.pipe, [job]))
+            return image
+        except CheckpointError as error:
+            self.lose(str(error))
+            raise FailedError(503, "the server has lost its weights, and ends") from error
 
     def _on_step(self, order: Order, report: Report, place: Event) -> "OnStep":
         def on_step(step: int, steps: int, latents: "Tensor") -> None:

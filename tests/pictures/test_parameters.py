@@ -107,7 +107,7 @@ class Generator:
     """A pipeline that takes any parameter, and says which it was given."""
 
     def __init__(self):
-        self.given = {}
+        self.given, self.source = {}, None
 
     def generate(self, prompts, **given):
         self.given = given
