@@ -82,6 +82,8 @@ class ControlNets:
     def check(self, controls: Sequence[Control], preprocess: Sequence[str] | str | None) -> None:
         """Raise ValueError for a ControlNet that was not added, and for numbers out of range."""
         for control in controls:
+            if not isinstance(control, Control):
+                raise ValueError(f"control must be a list of Control, not of {type(control).__name__}")
             self._known(control.name)
             check_numbers(control.weight, control.start, control.end)
         if controls:

@@ -3,17 +3,18 @@
 from collections.abc import Iterable
 
 
-def is_it(name: str, options: Iterable[str]) -> str:
+def is_it(name: object, options: Iterable[str]) -> str:
     """`; is it 'ddim'?` for ddmi, or nothing where no option is spelled like it."""
     import difflib  # here, because only errors need it
 
     by_lower = {option.lower(): option for option in options}
-    near = difflib.get_close_matches(name.lower()[:60], by_lower, n=3)
-    near.sort(key=lambda option: sorted(option) != sorted(name.lower()))  # two letters that changed places come first
+    asked = str(name).lower()[:60]
+    near = difflib.get_close_matches(asked, by_lower, n=3)
+    near.sort(key=lambda option: sorted(option) != sorted(asked))  # two letters that changed places come first
     return f"; is it {by_lower[near[0]]!r}?" if near else ""
 
 
-def there_are(name: str, options: Iterable[str]) -> str:
+def there_are(name: object, options: Iterable[str]) -> str:
     """`; is it 'ddim'? there are ddpm, ddim, ...`, or without the question."""
     options = list(options)
     near = is_it(name, options)

@@ -111,7 +111,7 @@ def read(text: str) -> tuple[str, str | None]:
 
     Capitals, blanks and signs between words mean nothing. Raises ValueError for what is no sampler.
     """
-    squeezed = _squeezed(text)
+    squeezed = _squeezed(_text("sampler", text))
     for ending, schedule in (("", None), *_schedule_words().items()):
         name = _sampler_words().get(squeezed.removesuffix(ending)) if squeezed.endswith(ending) else None
         if name:
@@ -121,9 +121,15 @@ def read(text: str) -> tuple[str, str | None]:
 
 def read_schedule(text: str) -> str:
     """A schedule's name, however it is written. Raises ValueError for what is none."""
-    if name := _schedule_words().get(_squeezed(text)):
+    if name := _schedule_words().get(_squeezed(_text("schedule", text))):
         return name
     raise ValueError(f"no schedule {text!r}{there_are(text, SCHEDULES)}")
+
+
+def _text(kind: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{kind} must be text, not {type(value).__name__}")
+    return value
 
 
 def _squeezed(text: str) -> str:
