@@ -293,7 +293,10 @@ def exit_code(action: Callable[[], None]) -> int:
         for line in error.lines:
             fail(line)
         return 1
-    except (UserError, ValueError, OSError, MemoryError) as error:
+    except OSError as error:
+        named = error.filename is not None and error.strerror
+        return fail(f"{error.filename}: {error.strerror}" if named else str(error) or type(error).__name__)
+    except (UserError, ValueError, MemoryError) as error:
         return fail(str(error) or type(error).__name__)
     except RuntimeError as error:
         if not drawing.is_out_of_memory(error):
