@@ -41,6 +41,7 @@ from sd.pictures.plan import Job, Picture  # noqa: E402
 from sd.pictures.run import Run, check_init_images, not_there_yet, pictures_of, recalled  # noqa: E402
 from sd.pictures.saving import STDOUT  # noqa: E402
 from sd.pictures.streams import steady  # noqa: E402
+from sd.printable import Printable, printable  # noqa: E402
 
 if TYPE_CHECKING:
     from sd.pipeline import StableDiffusion
@@ -154,7 +155,7 @@ python sd/download.py fetches Stable Diffusion 1.5 (4.3 GB); --ckpt FILE names a
 
 def run(asked: Run, model: ModelChoice) -> None:
     """Read, check, load, draw, save. Raises UserError for what the caller got wrong."""
-    logging.basicConfig(format="%(message)s")
+    start_log()
     logging.getLogger("sd").setLevel(logging.INFO)
     if told := "\n\n".join(_answers(asked)):
         print(told)
@@ -196,6 +197,13 @@ def run(asked: Run, model: ModelChoice) -> None:
         raise UserError(failed[0])
     if failed:
         raise SomeFailedError(failed)
+
+
+def start_log() -> None:
+    """Lines on stderr; names and files that they speak of may hold what a terminal would obey."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler])
 
 
 def check_files(jobs: Sequence[Job], model: ModelChoice, recorded: Mapping[str, object]) -> None:
@@ -313,8 +321,7 @@ def fail(message: str) -> int:
 
 
 def one_line(message: str) -> str:
-    shown = "".join(character if character.isprintable() else " " for character in message)
-    return " ".join(shown.split())
+    return " ".join(printable(message).split())
 
 
 def leave_at_once(message: str) -> NoReturn:
