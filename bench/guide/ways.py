@@ -29,6 +29,7 @@ from bench.svg import (
 )
 
 NODE = re.compile(r"([(\[])([+*-]?)(.*?)[)\]]$")
+LANE = re.compile(r"(?:([^(\[]*): )?(.*)")
 HEIGHT, GAP, ROW = 28, 22, 42
 COLORS = {"": (PALE, GREY), "+": (LIGHT_GREEN, GREEN), "*": (LIGHT_ORANGE, ORANGE), "-": ("#ffffff", GREY)}
 DATA = (LIGHT_BLUE, BLUE)
@@ -60,8 +61,8 @@ def read(text: str) -> dict[str, list[Lane]]:
         if "->" not in line and not NODE.search(line):
             panels[line] = []
             continue
-        when, _, rest = line.rpartition(": ") if not line.startswith(("(", "[")) else ("", "", line)
-        list(panels.values())[-1].append(Lane(when, tuple(map(_node, rest.split(" -> ")))))
+        when, rest = LANE.fullmatch(line).groups()
+        list(panels.values())[-1].append(Lane(when or "", tuple(map(_node, rest.split(" -> ")))))
     return panels
 
 
