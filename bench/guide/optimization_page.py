@@ -201,8 +201,9 @@ def costs(one: Optimization, drawn: dict) -> str:
         for m in looks
     ]
     picture = drawn.get(one.name)
-    if not picture:
-        what = "No picture was drawn with it: the machine that drew the others cannot run it."
+    if not picture or "error" in picture:
+        reason = f": {picture['error']}" if picture else ""
+        what = f"No picture was drawn with it{reason}."
         return "\n\n".join((what, *dict.fromkeys(told)))
     return "\n\n".join((sheet(one.name, picture), *dict.fromkeys(told)))
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from bench import common
 from bench.gallery import sheet
+from bench.guide import changes
 from bench.reference.numbers import pixels, psnr
 from sd import optimizations
 from sd.optimizations import OptimizationError
@@ -26,7 +27,8 @@ from sd.writing import write_whole
 log = logging.getLogger("guide")
 
 PROMPT, SEED, STEPS, SAMPLER = "a blue fox on a yellow background", 3, 25, "ddim"
-VALUES = {"deepcache": "3", "tgate": "12", "guidance-interval": "0-0.6", "token-merging": "0.5", "vae-tiling": "8"}
+VALUES = {"deepcache": "3", "tgate": "12", "guidance-interval": "0-0.6", "token-merging": "0.5", "vae-tiling": "16"}
+SIZES = {"vae-tiling": 256}
 """Those with which the approximate ones are drawn; the others have their own."""
 TIMES = 20
 THUMBNAIL = 64
@@ -39,15 +41,16 @@ def text_of(name: str) -> str:
 def command(name: str, dtype: str = "float32") -> str:
     """How to draw the same from the command line."""
     line = f'python sd/inference.py --prompt "{PROMPT}" --seed {SEED} --steps {STEPS} --sampler {SAMPLER}'
+    line += f" --height {SIZES[name]} --width {SIZES[name]}" if name in SIZES else ""
     return f"{line} --dtype {dtype} --opt {text_of(name)}"
 
 
-def draw(name: str, device: str = "cpu") -> tuple[Image.Image, StableDiffusion]:
+def draw(name: str, device: str = "cpu", size: int | None = None) -> tuple[Image.Image, StableDiffusion]:
     """The picture with this optimization, or the plain one for "none". Raises OptimizationError where it cannot run."""
     dtype = torch.float32 if device == "cpu" else torch.float16
     pipe = StableDiffusion.load(DEMO_CHECKPOINT, device, dtype)
     optimizations.apply(pipe, "" if name == "none" else text_of(name))
-    image = pipe.generate(PROMPT, seed=SEED, steps=STEPS, sampler=SAMPLER)[0]
+    image = pipe.generate(PROMPT, seed=SEED, steps=STEPS, sampler=SAMPLER, height=size, width=size)[0]
     return image, pipe
 
 
@@ -95,20 +98,28 @@ def read(folder: Path) -> dict[str, dict]:
 def write(folder: Path, names: Sequence[str], device: str = "cpu") -> None:
     """Draw these; what cannot run here stays as it was drawn elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
-    plain, pipe = draw("none", device)
-    environment = common.environment(pipe.device, pipe.dtype)
     known = read(folder)
+    plain = {size: draw("none", device, size)[0] for size in {SIZES.get(name) for name in names}}
     for name in names:
+        size = SIZES.get(name)
         try:
-            image, pipe = draw(name, device)
+            image, pipe = draw(name, device, size)
         except OptimizationError as error:
             log.info("%s: %s", name, error)
+            known.setdefault(name, {"error": str(error)})
             continue
-        facts = {key: environment[key] for key in ("device", "dtype", "torch")}
-        rows = [asdict(row) for row in optimizations.explain(pipe).rows if row.switches]
-        known[name] = keep(folder, name, image, plain, facts | {"explain": rows})
+        known[name] = keep(folder, name, image, plain[size], facts_of(pipe, name))
         log.info("%s: %s dB", name, known[name]["psnr_db"])
     write_known(folder, known)
+
+
+def facts_of(pipe: StableDiffusion, name: str) -> dict:
+    """Where it was drawn; and what `explain` says, where the pages cannot ask for themselves."""
+    environment = common.environment(pipe.device, pipe.dtype)
+    facts = {key: environment[key] for key in ("device", "dtype", "torch")}
+    if name in optimizations.catalog() and changes.needs_a_machine(name):
+        facts["explain"] = [asdict(row) for row in optimizations.explain(pipe).rows if name in row.switches]
+    return facts
 
 
 def write_known(folder: Path, known: dict[str, dict]) -> None:
