@@ -54,7 +54,9 @@ class Drawing:
         """From left to right."""
         self.line((x, y), (to - 5, y), color=color)
         self.shape(
-            "polygon", points=f"{number(to)},{number(y)} {number(to - 7)},{number(y - 4)} {number(to - 7)},{number(y + 4)}", fill=color
+            "polygon",
+            points=f"{number(to)},{number(y)} {number(to - 7)},{number(y - 4)} {number(to - 7)},{number(y + 4)}",
+            fill=color,
         )
 
     def text(self, x: float, y: float, text: str, size: float = 13, color: str = INK, **style: object) -> None:
@@ -67,7 +69,9 @@ class Drawing:
 
     def __str__(self) -> str:
         size = f'width="{number(self.width)}" height="{number(self.height)}"'
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {number(self.width)} {number(self.height)}"'
+        head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {number(self.width)} {number(self.height)}"'
+        )
         ground = f'<rect {size} rx="6" fill="#ffffff"/>'
         lines = (f'{head} role="img" font-family="{FONT}">', f"<title>{escape(self.title)}</title>", ground)
         return "\n".join((*lines, *self.shapes, "</svg>", ""))

@@ -1,8 +1,8 @@
 """docs/guide/: `python -m bench.guide` writes its pages; with --pictures it draws first what they show.
 
-    python -m bench.guide                            # all pages, from what is measured and drawn; the same bytes each time
-    python -m bench.guide --pictures                 # draws with every optimization that can run here, first
-    python -m bench.guide --pictures deepcache tgate # with these
+python -m bench.guide                            # all pages, from what is measured and drawn; the same bytes each time
+python -m bench.guide --pictures                 # draws with every optimization that can run here, first
+python -m bench.guide --pictures deepcache tgate # with these
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bench.common import ROOT
-from bench.guide import book, pictures
+from bench.guide import book, front_pictures, pictures
 from sd import optimizations
 from sd.writing import write_whole
 
@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no optimization {', '.join(sorted(unknown))}; see --list-opts")
     if args.pictures:
         pictures.write(args.out / "pictures", args.names or known, args.device)
+        if not args.names:
+            front_pictures.write(args.out / "pictures")
     write(args.out)
     return 0
 

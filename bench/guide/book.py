@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bench.guide import chapters, optimization_page, pictures, work
+from bench.guide import chapters, front, optimization_page, pictures, work
 from sd.optimizations.registry import catalog
 
 PRESETS = ("exact", "fast")
@@ -12,9 +12,9 @@ PRESETS = ("exact", "fast")
 def pages(drawn_in: Path) -> dict[str, str]:
     """drawn_in: the folder of the pictures that were drawn before."""
     drawn = pictures.read(drawn_in)
-    names = [name for name in catalog() if (chapters.FOLDER / f"{name}.md").exists()]
+    names = list(catalog())
     pipe = work.plain()
-    found: dict[str, str] = {}
+    found = front.pages(drawn_in)
     for i, name in enumerate(names):
         around = (names[i - 1] if i else "", names[i + 1] if i + 1 < len(names) else "")
         chapter = chapters.read(name)

@@ -22,7 +22,9 @@ def of(pipe: StableDiffusion, name: str, text: str, recorded: Mapping) -> tuple[
     """(before, after) of one optimization, modules alike in a row. pipe: SD 1.5 without weights."""
     before = list(work.explain(pipe).rows)
     if needs_a_machine(name):
-        after = [Row(**{**row, "switches": tuple(row["switches"])}) for row in recorded.get(name, {}).get("explain", ())]
+        after = [
+            Row(**{**row, "switches": tuple(row["switches"])}) for row in recorded.get(name, {}).get("explain", ())
+        ]
     else:
         after = [row for row in work.explained(pipe, text)[1] if name in row.switches]
     after = merged(row for row in after if name in row.switches)

@@ -1,16 +1,16 @@
 """What a person wrote of each optimization: chapters/NAME.md.
 
-    counted: 3                     the value with which its work is counted on the meta device, if it leaves any out
-    touches: conv3x3, GEGLU@64x64  the kinds of calls, and grids, in bench/roofline.py's names, which it makes faster
+counted: 3                     the value with which its work is counted on the meta device, if it leaves any out
+touches: conv3x3, GEGLU@64x64  the kinds of calls, and grids, in bench/roofline.py's names, which it makes faster
 
-    One sentence: what it is.
+One sentence: what it is.
 
-    ## Way        the data's way, in bench/guide/ways.py's language
-    ## Roofline   what to expect, and why
-    ## Hurts      more than the docstring says; may be missing
-    ## Paper
-    ## Exercise
-    ## Answer
+## Way        the data's way, in bench/guide/ways.py's language
+## Roofline   what to expect, and why
+## Hurts      more than the docstring says; may be missing
+## Paper
+## Exercise
+## Answer
 """
 
 import re

@@ -56,7 +56,12 @@ def head(one: Optimization, chapter: Chapter, around: tuple[str, str]) -> str:
         f"**{'Exact' if one.exact else 'Approximate'}**; stage {one.stage.name.lower()}; needs {one.needs.text}; "
         f"in [{file}]({TO_ROOT}{file}). `--opt {one.name}{'=' + one.hint if one.hint else ''}`"
     )
-    ways_on = " | ".join(filter(None, (f"before it: {before}" * bool(before), "[The guide](../README.md)", f"after it: {after}" * bool(after))))
+    ways_on = " | ".join(
+        filter(
+            None,
+            (f"before it: {before}" * bool(before), "[The guide](../README.md)", f"after it: {after}" * bool(after)),
+        )
+    )
     return f"# {one.name}\n\n{ways_on}\n\n{chapter.sentence}\n\n{facts_of_it}"
 
 
@@ -78,7 +83,7 @@ def changed(one: Optimization, pipe: StableDiffusion, text: str, drawn: dict) ->
 def expected(one: Optimization, chapter: Chapter, pipe: StableDiffusion, text: str) -> str:
     tables = []
     if "counted" in chapter.fields:
-        tables.append(counted_table(pipe, f"{one.name}={chapter.fields['counted']}".removesuffix('=none')))
+        tables.append(counted_table(pipe, f"{one.name}={chapter.fields['counted']}".removesuffix("=none")))
     if chapter.touches:
         tables.append(touched_table(chapter.touches))
     return "\n\n".join((chapter.sections["Roofline"], *tables))
@@ -115,7 +120,8 @@ def touched_table(selectors: Sequence[str]) -> str:
 def _touched_row(selector: str) -> tuple[str, ...]:
     calls = work.chosen([selector])
     shares = [
-        work.floor_seconds(calls, facts.ceilings()[m], b) / work.floor_seconds(work.step_calls(), facts.ceilings()[m], b)
+        work.floor_seconds(calls, facts.ceilings()[m], b)
+        / work.floor_seconds(work.step_calls(), facts.ceilings()[m], b)
         for m, b in (("H100", 0.5), ("CPU, AVX2", 1))
     ]
     megabytes = sum(call.bytes for call in calls) / 2e6
