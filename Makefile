@@ -15,7 +15,7 @@ ARGS ?=
 override PROMPT := $(value PROMPT)
 export PROMPT OUT
 
-.PHONY: image test test-full lint format bench clean
+.PHONY: guide image test test-full lint format bench clean
 
 image: $(VENV)/.installed
 	@$(BIN)/python sd/inference.py --prompt "$$PROMPT" --steps $(STEPS) --sampler $(SAMPLER) \
@@ -36,6 +36,10 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/ladder.py --device cpu --size 256 --steps 2 --fidelity-steps 10 --pairs 3 \
 	    --opts winograd,cpu-linear,cpu-attention,cpu-norm,kv-cache,keep-memory,shared-halves --out out/bench
+
+# docs/guide/ out of docstrings, results and code; PICTURES=1 draws its pictures anew first.
+guide: $(VENV)/.installed-dev
+	$(BIN)/python -m bench.guide $(if $(PICTURES),--pictures)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

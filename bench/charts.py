@@ -84,7 +84,7 @@ def _bar(drawing: Drawing, row: Bar, left: float, y: float, scale: float) -> Non
 
 @dataclass(frozen=True)
 class Rung:
-    """A row of a ladder. low, high: quartiles, or NaN. follows: it adds to the row before it, with which it is compared."""
+    """A row of a ladder. low, high: quartiles, or NaN. follows: it stands on the row before it."""
 
     label: str
     seconds: float

@@ -41,7 +41,7 @@ def rungs(results: Sequence[Result], labels: Mapping[str, str] = LABELS) -> list
     """The exact rows that were timed. One that holds all that the row before it had stands on that; so does the plain
     one on `naive`."""
     rows = [r for r in results if r["exact"] == "1" and r["picture_s"]]
-    before: Result = {"opts": ""}
+    before: Result = {"opts": "none"}
     steps = []
     for row in rows:
         held, has = ({*r["opts"].split(",")} - {"none", "naive"} for r in (before, row))

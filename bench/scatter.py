@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.charts import WIDTH, Place, axis, legend, round_numbers, titled
-from bench.svg import BLUE, GREY, LINE, ORANGE, SOFT, Drawing, width_of
+from bench.svg import BLUE, GREY, LINE, ORANGE, SOFT, Drawing
 
 LEFT, TOP = 60, 52
 
 
 @dataclass(frozen=True)
 class Point:
-    """An approximate row: times as fast with its quartiles, dB from the reference. thumbnail: a WebP of what it draws."""
+    """An approximate row: times as fast, its quartiles, dB from the reference. thumbnail: a WebP of what it draws."""
 
     label: str
     speedup: float
@@ -110,7 +110,8 @@ def roofline(title: str, kernels: Sequence[Kernel], flops: float, size: float, h
     drawing.text(
         (LEFT + right) / 2, height - 12, "FLOP for each byte that is read or written", 12, SOFT, text_anchor="middle"
     )
-    for i, kernel in enumerate(sorted(kernels, key=lambda k: k.intensity)):
+    for i, kernel in enumerate(sorted(kernels, key=lambda k: k.intensity), 1):
+        drawing.text(right - 170, bottom - 16 * (len(kernels) - i) - 30, f"{i}  {kernel.label}", 12)
         _kernel(drawing, kernel, i, x_of, y_of, min(flops, kernel.intensity * size))
     return drawing
 
@@ -120,14 +121,12 @@ def _kernel(drawing: Drawing, kernel: Kernel, i: int, x_of: Place, y_of: Place, 
     drawing.shape("circle", cx=x, cy=y_of(roof), r=3, fill=BLUE)
     if kernel.rate == kernel.rate:
         drawing.line((x, y_of(roof)), (x, y), color=GREY, width=1)
-        drawing.shape("circle", cx=x, cy=y, r=5, fill=ORANGE)
-    label_y = y + 20 + 15 * (i % 3)
-    drawing.line((x, y + 5), (x, label_y - 10), color=LINE, width=1)
-    drawing.text(x - width_of(kernel.label, 11) / 2, label_y, kernel.label, 11)
+    drawing.shape("circle", cx=x, cy=y, r=9, fill=ORANGE if kernel.rate == kernel.rate else BLUE)
+    drawing.text(x, y + 4, str(i), 11, "#ffffff", text_anchor="middle")
 
 
 def rate(value: float) -> str:
-    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= factor:
             return f"{value / factor:.3g} {unit}"
     return f"{value:.3g} "

@@ -27,7 +27,7 @@ def number(value: float) -> str:
 
 @dataclass
 class Drawing:
-    """Shapes over a white ground of width x height pixels, drawn in their order. title: read aloud by screen readers."""
+    """Shapes over a white ground of width x height pixels, in their order. title: read aloud by screen readers."""
 
     width: float
     height: float

@@ -1,7 +1,20 @@
 """Drawings of what the model is: its text, its UNet, its numbers."""
 
 from bench.guide import work
-from bench.svg import BLUE, GREEN, GREY, INK, LIGHT_BLUE, LIGHT_GREEN, LIGHT_ORANGE, ORANGE, PALE, SOFT, Drawing, width_of
+from bench.svg import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LIGHT_BLUE,
+    LIGHT_GREEN,
+    LIGHT_ORANGE,
+    ORANGE,
+    PALE,
+    SOFT,
+    Drawing,
+    width_of,
+)
 from sd.config import SD15
 from sd.tokenizer import Tokenizer
 
@@ -11,11 +24,11 @@ PROMPT = "a blue fox on a yellow background"
 def text() -> Drawing:
     """A prompt, its tokens and what becomes of them."""
     drawing = Drawing(860, 168, "A prompt becomes 77 tokens, and those 77 rows of 768 numbers")
-    ids = Tokenizer().encode(PROMPT)[: len(PROMPT.split()) + 3]
-    words = ["start", *PROMPT.split(), "end", "end, 68 times more"]
+    ids = Tokenizer().encode(PROMPT)
+    words = ["start", *PROMPT.split(), "end", f"end, {77 - len(ids)} times more"]
     drawing.text(16, 28, f'"{PROMPT}"', 14, font_weight="bold")
     x = 16.0
-    for word, number in zip(words, ids, strict=True):
+    for word, number in zip(words, [*ids, ids[-1]], strict=True):
         width = max(width_of(word, 12), width_of(str(number), 12)) + 18
         drawing.box(x, 46, width, 26, rx=4, fill=PALE, stroke=GREY)
         drawing.text(x + width / 2, 63, word, 12, text_anchor="middle")
@@ -38,17 +51,16 @@ def unet() -> Drawing:
     for level, mult in enumerate(config.channel_mult):
         side, channels = 64 >> level, config.model_channels * mult
         _level(drawing, level, f"{side} x {side}, {channels} channels", level in config.attention_levels)
-        work_here = f"{gflop[f'{side}x{side}']:.0f} GFLOP in both"
-        drawing.text(430, 66 + 56 * level + 40, work_here, 11, SOFT, text_anchor="middle")
+        drawing.text(430, 44 + 56 * level + 36, f"{gflop[f'{side}x{side}']:.0f} GFLOP", 11, SOFT, text_anchor="middle")
     drawing.box(340, 272, 180, 30, rx=4, fill=LIGHT_ORANGE, stroke=ORANGE)
     drawing.text(430, 291, "middle: 8 x 8, text", 12, text_anchor="middle")
-    drawing.line((250, 260), (250, 287), (340, 287), color=SOFT)
-    drawing.line((520, 287), (610, 287), (610, 260), color=SOFT)
+    drawing.line((214, 252), (214, 287), (340, 287), color=SOFT)
+    drawing.line((520, 287), (646, 287), (646, 252), color=SOFT)
     return drawing
 
 
 def _level(drawing: Drawing, level: int, label: str, text_here: bool) -> None:
-    y, inset = 44 + 56 * level, 30 * level
+    y, inset = 44 + 56 * level, 14 * level
     fill, edge = (LIGHT_ORANGE, ORANGE) if text_here else (PALE, GREY)
     blocks = "residual blocks, transformers with text" if text_here else "residual blocks"
     for x, count in ((16 + inset, 2), (844 - 310 - inset, 3)):

@@ -64,9 +64,12 @@ def _family(one: Measured) -> str:
 def _counts(one: Measured, told: Sequence[Entry]) -> bool:
     """Whether gains.json says it too, or has something else of another machine in its place: two CPUs can be of one
     name. What a later day on the same machine has replaced does not count."""
-    place = (one.entry["item"], one.entry["what"], one.entry["device"])
-    mine = [e for e in told if (e["item"], e["what"], e["device"]) == place]
+    mine = [e for e in told if _place(e) == _place(one.entry)]
     return not mine or one.entry in mine or one.machine not in {_machine_of(e) for e in mine}
+
+
+def _place(entry: Entry) -> tuple:
+    return entry["item"], entry["what"], entry["device"], entry["beside"]
 
 
 def _machine_of(entry: Entry) -> str:

@@ -1,4 +1,4 @@
-"""The drawn pictures of the front pages, by the demo model: the loop while it forms, and what the VAE makes of latents."""
+"""The drawn pictures of the front pages, by the demo model: the loop, and what the VAE makes of latents."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,9 @@ SHOWN = (1, 5, 10, 14, 18, 21, 25)
 def write(folder: Path) -> None:
     pipe = StableDiffusion.load(DEMO_CHECKPOINT, "cpu")
     kept: list[Tensor] = []
-    pipe.generate(PROMPT, seed=SEED, steps=STEPS, sampler=SAMPLER, on_step=lambda step, steps, x: kept.append(x.clone()))
+    pipe.generate(
+        PROMPT, seed=SEED, steps=STEPS, sampler=SAMPLER, on_step=lambda step, steps, x: kept.append(x.clone())
+    )
     write_whole(folder / "loop.webp", webp(sheet(list(_loop(pipe, kept)))))
     write_whole(folder / "vae.webp", webp(sheet(list(_vae(pipe, kept[-1])))))
 

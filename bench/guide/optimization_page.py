@@ -10,7 +10,7 @@ from bench.guide import changes, facts, ways, work
 from bench.guide.chapters import Chapter
 from bench.guide.pictures import TIMES, VALUES, command
 from bench.report import markdown
-from sd.optimizations.base import Optimization, Record
+from sd.optimizations.base import Optimization
 from sd.pipeline import StableDiffusion
 
 TO_ROOT = "../../../"
@@ -19,7 +19,7 @@ TO_ROOT = "../../../"
 def page(
     one: Optimization, chapter: Chapter, pipe: StableDiffusion, drawn: dict, around: tuple[str, str]
 ) -> tuple[str, str]:
-    """(Markdown, the drawing of its way). pipe: SD 1.5 without weights. drawn: pictures.json. around: its neighbours."""
+    """Markdown, and the drawing of its way. pipe: without weights. drawn: pictures.json. around: its neighbours."""
     doc = inspect.cleandoc(one.doc)
     text = f"{one.name}={VALUES[one.name]}" if one.name in VALUES else one.name
     parts = (
@@ -90,7 +90,7 @@ def expected(one: Optimization, chapter: Chapter, pipe: StableDiffusion, text: s
 
 
 def counted_table(pipe: StableDiffusion, text: str) -> str:
-    plain = work.counted(pipe, Record(pipe))
+    plain = work.counted_plain()
     with work.switched(pipe, text) as record:
         left = work.counted(pipe, record)
     rows = [
@@ -149,8 +149,8 @@ def _measured_share(selectors: Sequence[str]) -> float:
 def _most(selectors: Sequence[str]) -> str:
     share = _measured_share(selectors)
     return (
-        f"If all of it took no time at all, the step on the CPU with AVX2 would be {1 / (1 - share):.2f} times as fast: "
-        "no change to these calls alone can gain more ([how to read this](../roofline.md))."
+        f"If all of it took no time, the step on the CPU with AVX2 would be {1 / (1 - share):.2f} times as fast: no "
+        "change to these calls alone can gain more ([how to read this](../roofline.md))."
     )
 
 
@@ -215,14 +215,12 @@ def costs(one: Optimization, drawn: dict) -> str:
 
 
 def sheet(name: str, picture: dict) -> str:
-    far = (
-        "Not a byte differs."
-        if picture["psnr_db"] is None
-        else f"{picture['psnr_db']:.1f} dB from the plain one; the most that a colour of a pixel differs is {picture['largest']} of 255."
-    )
+    most = f"no colour of a pixel differs by more than {picture['largest']} of 255."
+    far = "Not a byte differs." if picture["psnr_db"] is None else f"{picture['psnr_db']} dB from the plain one; {most}"
+    where = f"{picture['device']}, {picture['dtype']}, torch {picture['torch']}"
     return (
         f"![plain, with {name}, and the difference times {TIMES}](../pictures/{name}.webp)\n\n"
-        f"{far} Drawn on {picture['device']}, {picture['dtype']}, torch {picture['torch']}, beside the plain picture there:\n\n"
+        f"{far} Drawn on {where}, beside the plain picture there:\n\n"
         f"```\n{command(name, picture['dtype'])}\n```"
     )
 
