@@ -14,8 +14,14 @@ BLOCKS = re.compile(r"\b(input_blocks\.\*\.\*|middle_block\.\*|output_blocks\.\*
 
 
 def needs_a_machine(name: str) -> bool:
-    """Whether what it says depends on a compiler or on weights, so that it is recorded with the pictures."""
+    """Whether what it says depends on a compiler or on weights, so that it is recorded with the pictures: by the demo
+    model, if it needs weights."""
     return name in QUANTIZED or name in ("page-out", "winograd") or "C++" in catalog()[name].needs.text
+
+
+def on_shapes(name: str) -> list[Row]:
+    """What an optimization changes on SD 1.5's shapes, as this machine would run it."""
+    return work.explained(work.plain(), name)[1]
 
 
 def of(pipe: StableDiffusion, name: str, text: str, recorded: Mapping) -> tuple[list[Row], list[Row]]:

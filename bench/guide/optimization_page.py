@@ -67,7 +67,7 @@ def head(one: Optimization, chapter: Chapter, around: tuple[str, str]) -> str:
 
 def changed(one: Optimization, pipe: StableDiffusion, text: str, drawn: dict) -> str:
     before, after = changes.of(pipe, one.name, text, drawn)
-    on = "the demo model" if changes.needs_a_machine(one.name) else "SD 1.5's shapes"
+    on = "the demo model" if one.name in changes.QUANTIZED else "SD 1.5's shapes"
     if not after:
         return "No module computes otherwise: what changes lies around them."
     if before:
@@ -164,7 +164,7 @@ def measured(one: Optimization) -> str:
     rows, commands = [], []
     for machine, some in by_machine.items():
         if not some:
-            rows.append((machine, "not measured yet", "", "", ""))
+            rows.append((machine, "not measured yet" if runs_on(one, machine) else "does not run there", "", "", ""))
         for entry in some:
             if entry.entry["command"] not in commands:
                 commands.append(entry.entry["command"])
@@ -173,6 +173,14 @@ def measured(one: Optimization) -> str:
     listed = "\n".join(f"# {i}\n{line}" for i, line in enumerate(commands, 1))
     told = f"\n\n<details><summary>The commands</summary>\n\n```\n{listed}\n```\n\n</details>" if commands else ""
     return markdown(columns, rows) + told
+
+
+def runs_on(one: Optimization, machine: str) -> bool:
+    """By what it says that it needs."""
+    needs = one.needs.text
+    if not machine.startswith("CPU"):
+        return "NVIDIA" in needs or "CPU" not in needs
+    return "AVX2" not in machine or "AVX512" not in needs if "CPU" in needs else "NVIDIA" not in needs
 
 
 def _measured_row(one: facts.Measured, number: int) -> tuple[str, ...]:

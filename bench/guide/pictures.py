@@ -118,7 +118,8 @@ def facts_of(pipe: StableDiffusion, name: str) -> dict:
     environment = common.environment(pipe.device, pipe.dtype)
     facts = {key: environment[key] for key in ("device", "dtype", "torch")}
     if name in optimizations.catalog() and changes.needs_a_machine(name):
-        facts["explain"] = [asdict(row) for row in optimizations.explain(pipe).rows if name in row.switches]
+        rows = optimizations.explain(pipe).rows if name in changes.QUANTIZED else changes.on_shapes(name)
+        facts["explain"] = [asdict(row) for row in rows if name in row.switches]
     return facts
 
 

@@ -6,7 +6,7 @@
     once: (text) -> [+to_k, to_v] -> (keys, values)
     each step: (keys, values) -> [attend]
 
-`(x)` is data, `[x]` work. After the bracket, + is new and - is left out, and * is changed. What stands before a colon
+`(x)` is data, `[x]` work. Right after the bracket, + is new, - is left out, and * is changed. What stands before a colon
 says when the row runs.
 """
 
@@ -28,7 +28,7 @@ from bench.svg import (
     width_of,
 )
 
-NODE = re.compile(r"([(\[])([+*-]?)(.*?)[)\]]$")
+NODE = re.compile(r"([(\[])((?:[+*-](?! ))?)(.*?)[)\]]$")
 LANE = re.compile(r"(?:([^(\[]*): )?(.*)")
 HEIGHT, GAP, ROW = 28, 22, 42
 COLORS = {"": (PALE, GREY), "+": (LIGHT_GREEN, GREEN), "*": (LIGHT_ORANGE, ORANGE), "-": ("#ffffff", GREY)}
