@@ -98,7 +98,7 @@ def roofline(title: str, kernels: Sequence[Kernel], flops: float, size: float, h
     drawing.line(
         (x_of(least), y_of(least * size)), (x_of(ridge), y_of(flops)), (right, y_of(flops)), color=BLUE, width=2
     )
-    drawing.text(right, y_of(flops) - 8, f"a large product: {rate(flops)}FLOP/s", 12, BLUE, text_anchor="end")
+    drawing.text(right, y_of(flops) - 14, f"a large product: {rate(flops)}FLOP/s", 12, BLUE, text_anchor="end")
     drawing.text(x_of(ridge) + 6, bottom - 8, f"the ridge: {ridge:.0f} FLOP a byte", 12, SOFT)
     drawing.line((x_of(ridge), y_of(flops)), (x_of(ridge), bottom), color=GREY, width=1, stroke_dasharray="4 3")
     legend(

@@ -9,14 +9,13 @@ from sd.optimizations.registry import catalog
 from sd.pipeline import StableDiffusion
 
 MOST = 12
-QUANTIZED = ("cpu-int8", "float8", "int8-dynamic", "int8-static", "int8-weights")
+BY_THE_DEMO_MODEL = ("cpu-int8", "float8", "int8-dynamic", "int8-static", "int8-weights", "attention")
 BLOCKS = re.compile(r"\b(input_blocks\.\*\.\*|middle_block\.\*|output_blocks\.\*\.\*)")
 
 
 def needs_a_machine(name: str) -> bool:
-    """Whether what it says depends on a compiler or on weights, so that it is recorded with the pictures: by the demo
-    model, if it needs weights."""
-    return name in QUANTIZED or name in ("page-out", "winograd") or "C++" in catalog()[name].needs.text
+    """Whether what it says depends on a device, a compiler or weights, so that it is recorded with the pictures."""
+    return name in BY_THE_DEMO_MODEL or name in ("page-out", "winograd") or "C++" in catalog()[name].needs.text
 
 
 def on_shapes(name: str) -> list[Row]:

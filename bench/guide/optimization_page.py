@@ -67,7 +67,9 @@ def head(one: Optimization, chapter: Chapter, around: tuple[str, str]) -> str:
 
 def changed(one: Optimization, pipe: StableDiffusion, text: str, drawn: dict) -> str:
     before, after = changes.of(pipe, one.name, text, drawn)
-    on = "the demo model" if one.name in changes.QUANTIZED else "SD 1.5's shapes"
+    on = "the demo model" if one.name in changes.BY_THE_DEMO_MODEL else "SD 1.5's shapes"
+    if not after and changes.needs_a_machine(one.name) and one.name != "page-out":
+        return "What `--explain` says was not recorded: no machine that drew the pictures could run it."
     if not after:
         return "No module computes otherwise: what changes lies around them."
     if before:

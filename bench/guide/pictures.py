@@ -20,6 +20,7 @@ from bench.gallery import sheet
 from bench.guide import changes
 from bench.reference.numbers import pixels, psnr
 from sd import optimizations
+from sd.images import from_pil, to_pil
 from sd.optimizations import OptimizationError
 from sd.pipeline import DEMO_CHECKPOINT, StableDiffusion
 from sd.writing import write_whole
@@ -28,7 +29,8 @@ log = logging.getLogger("guide")
 
 PROMPT, SEED, STEPS, SAMPLER = "a blue fox on a yellow background", 3, 25, "ddim"
 VALUES = {"deepcache": "3", "tgate": "12", "guidance-interval": "0-0.6", "token-merging": "0.5", "vae-tiling": "16"}
-SIZES = {"vae-tiling": 256}
+LARGER = ("vae-tiling",)
+"""Those that change only what is larger than a picture of the demo model."""
 """Those with which the approximate ones are drawn; the others have their own."""
 TIMES = 20
 THUMBNAIL = 64
@@ -40,18 +42,28 @@ def text_of(name: str) -> str:
 
 def command(name: str, dtype: str = "float32") -> str:
     """How to draw the same from the command line."""
+    if name in LARGER:
+        return f"python -m bench.guide --pictures {name}"
     line = f'python sd/inference.py --prompt "{PROMPT}" --seed {SEED} --steps {STEPS} --sampler {SAMPLER}'
-    line += f" --height {SIZES[name]} --width {SIZES[name]}" if name in SIZES else ""
     return f"{line} --dtype {dtype} --opt {text_of(name)}"
 
 
-def draw(name: str, device: str = "cpu", size: int | None = None) -> tuple[Image.Image, StableDiffusion]:
+def draw(name: str, device: str = "cpu", larger: bool = False) -> tuple[Image.Image, StableDiffusion]:
     """The picture with this optimization, or the plain one for "none". Raises OptimizationError where it cannot run."""
     dtype = torch.float32 if device == "cpu" else torch.float16
     pipe = StableDiffusion.load(DEMO_CHECKPOINT, device, dtype)
     optimizations.apply(pipe, "" if name == "none" else text_of(name))
-    image = pipe.generate(PROMPT, seed=SEED, steps=STEPS, sampler=SAMPLER, height=size, width=size)[0]
+    image = decoded(pipe) if larger else pipe.generate(PROMPT, seed=SEED, steps=STEPS, sampler=SAMPLER)[0]
     return image, pipe
+
+
+@torch.inference_mode()
+def decoded(pipe: StableDiffusion) -> Image.Image:
+    """256x256 pixels of a sheet of the demo model's pictures, through the VAE and back."""
+    with Image.open(common.ROOT / "data" / "demo" / "prompts.png") as sheet:
+        part = from_pil(sheet.convert("RGB").crop((0, 0, 256, 256)), 256, 256)
+    mean, _ = pipe.vae.encode(part.to(pipe.device, pipe.dtype))
+    return to_pil(pipe.decode(mean * pipe.config.vae.scale_factor))[0]
 
 
 def difference(image: Image.Image, plain: Image.Image) -> Image.Image:
@@ -99,16 +111,15 @@ def write(folder: Path, names: Sequence[str], device: str = "cpu") -> None:
     """Draw these; what cannot run here stays as it was drawn elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
     known = read(folder)
-    plain = {size: draw("none", device, size)[0] for size in {SIZES.get(name) for name in names}}
+    plain = {larger: draw("none", device, larger)[0] for larger in {name in LARGER for name in names}}
     for name in names:
-        size = SIZES.get(name)
         try:
-            image, pipe = draw(name, device, size)
+            image, pipe = draw(name, device, name in LARGER)
         except OptimizationError as error:
             log.info("%s: %s", name, error)
             known.setdefault(name, {"error": str(error)})
             continue
-        known[name] = keep(folder, name, image, plain[size], facts_of(pipe, name))
+        known[name] = keep(folder, name, image, plain[name in LARGER], facts_of(pipe, name))
         log.info("%s: %s dB", name, known[name]["psnr_db"])
     write_known(folder, known)
 
@@ -118,7 +129,7 @@ def facts_of(pipe: StableDiffusion, name: str) -> dict:
     environment = common.environment(pipe.device, pipe.dtype)
     facts = {key: environment[key] for key in ("device", "dtype", "torch")}
     if name in optimizations.catalog() and changes.needs_a_machine(name):
-        rows = optimizations.explain(pipe).rows if name in changes.QUANTIZED else changes.on_shapes(name)
+        rows = optimizations.explain(pipe).rows if name in changes.BY_THE_DEMO_MODEL else changes.on_shapes(name)
         facts["explain"] = [asdict(row) for row in rows if name in row.switches]
     return facts
 

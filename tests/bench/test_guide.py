@@ -13,6 +13,9 @@ from bench.common import ROOT
 from bench.guide import book, chapters, facts, front, optimization_page, pictures, ways, work
 from sd import optimizations
 from sd.optimizations.base import Optimization
+from sd.pipeline import DEMO_CHECKPOINT
+
+pytest.importorskip("triton", reason="the pages show modules that need Triton")
 
 GUIDE = ROOT / "docs" / "guide"
 PICTURES = GUIDE / "pictures"
@@ -139,3 +142,32 @@ def test_a_chapter_without_a_section_is_refused(tmp_path):
 def test_front_pages_use_every_maker():
     used = {name for path in front.FOLDER.glob("*.md") for name in re.findall(r"\{\{([\w-]+)\}\}", path.read_text())}
     assert used == front.makers_of(PICTURES).keys()
+
+
+# ---- the exercises
+
+BLOCKS = {
+    f"{path.name}-{i}": block
+    for path in (*chapters.FOLDER.glob("*.md"), *front.FOLDER.glob("*.md"))
+    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL))
+}
+PRINTS = {
+    "bf16": "1.0 1.0029296875",
+    "fp16": "tensor(inf, dtype=torch.float16) tensor(61440., dtype=torch.float16)",
+    "channels-last": "(1310720, 4096, 64, 1) (1310720, 1, 20480, 320)",
+    "packed-qkv": "[0, 65536, 131072] 65536",
+    "kv-cache": "22 180224",
+    "shared-halves": "0 True\n1 False",
+}
+"""What their answers say; the others print numbers that depend on the machine's rounding."""
+
+
+@pytest.mark.skipif(not DEMO_CHECKPOINT.exists(), reason="the demo model is not here")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_an_exercise_runs_as_printed_and_its_answer_is_right(name, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("SD_CKPT", str(DEMO_CHECKPOINT))
+    exec(compile(BLOCKS[name], name, "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.strip()
+    assert PRINTS.get(name.partition(".md")[0], "") in printed
