@@ -6,8 +6,8 @@
     once: (text) -> [+to_k, to_v] -> (keys, values)
     each step: (keys, values) -> [attend]
 
-`(x)` is data, `[x]` work. Right after the bracket, + is new, - is left out, and * is changed. What stands before a colon
-says when the row runs.
+`(x)` is data, `[x]` work. Right after the bracket, + is new, - is left out, and * is changed. What stands before a
+colon says when the row runs.
 """
 
 import re
