@@ -2,7 +2,7 @@
 
     modal run modal_inference.py --prompt "a lighthouse in a storm"
     modal run modal_inference.py --prompts-file prompts.jsonl --out-dir pictures --max-containers 20
-    modal run modal_inference.py --prompt "a fox" --lora style.safetensors:0.8
+    modal run modal_inference.py --prompt "a fox" --lora style.safetensors:0.8 --vae mse.safetensors
     modal deploy modal_inference.py
 
 The weights come from the volume that modal_volume.py fills. What would cost money for nothing is left out: weights and
@@ -46,6 +46,7 @@ if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
 from sd import gpus  # noqa: E402
+from sd.nearest import there_are  # noqa: E402
 from sd.pictures import parameters  # noqa: E402
 from sd.pictures.files import DEFAULT, left_to_draw, named, output_files  # noqa: E402
 from sd.pictures.loras import refuse  # noqa: E402
@@ -78,7 +79,7 @@ GPUS: dict[str, gpus.Capability] = {
 }
 """Modal's names (https://modal.com/docs/guide/gpu), and what NVIDIA says that each can do. B200+ may be a B300."""
 
-FILES = ("lora", "embedding")
+FILES = ("lora", "embedding", "vae")
 """Options of sd/inference.py that name files of this machine: they are sent to the volume, each once."""
 
 MOST_OF_A_PROMPT = 16
@@ -112,7 +113,7 @@ def one_line(error: object) -> str:
 def check_gpu(name: str) -> str:
     """The name of a GPU as Modal has it. Raises UserError: Modal itself would say so after the image is built."""
     if name.upper() not in GPUS:
-        raise UserError(f"no GPU {name!r}; there are {', '.join(GPUS)}")
+        raise UserError(f"no GPU {name!r}{there_are(name, GPUS)}")
     return name.upper()
 
 
@@ -212,6 +213,12 @@ def in_container(files: str) -> dict[str, list[str]]:
     return {name: [str(HERE / "weights" / text) for text in said.get(name, ())] for name in FILES}
 
 
+def choice_of(files: dict[str, list[str]], **others: object) -> ModelChoice:
+    """The options of FILES, as lists of texts, as a choice."""
+    vae = files.get("vae")
+    return ModelChoice(**{**files, "vae": Path(vae[0]) if vae else None}, **others)
+
+
 class Kept:
     """What is compiled here, kept for later containers: the cache volume is committed when it has changed."""
 
@@ -306,7 +313,7 @@ class Warm:
 
         dtype = "float32" if os.environ["SD_GPU"] == "none" else "float16"
         self.path = checkpoint_path(self.ckpt)
-        self.choice = ModelChoice(device="cpu", dtype=dtype, opt=self.opt, **in_container(self.files))
+        self.choice = choice_of(in_container(self.files), device="cpu", dtype=dtype, opt=self.opt)
         self.pipe = self.choice.load_plain(self.path)
         if self.deployed:  # others have no snapshot, and need not copy
             for model in (self.pipe.clip, self.pipe.unet, self.pipe.vae):
@@ -499,8 +506,10 @@ def check_weights(ckpt: str) -> set[str]:
 
 def named_files(given: dict[str, str | None]) -> ModelChoice:
     """The options of FILES, several of one separated by commas: Modal takes each flag once. Raises UserError."""
-    choice = ModelChoice(**{name: text.split(",") for name, text in given.items() if text})
+    choice = choice_of({name: [text] if name == "vae" else text.split(",") for name, text in given.items() if text})
     choice.check_files()
+    if choice.vae and choice.vae.is_dir():
+        raise UserError(f"--vae: {choice.vae} is a folder; name the file in it, as diffusion_pytorch_model.safetensors")
     return choice
 
 
@@ -509,7 +518,11 @@ def sent(choice: ModelChoice, there: set[str]) -> str:
 
     One lies under the hash of its content: so it is sent once, and another one of the same name does not replace it.
     """
-    files = {"lora": choice.loras(), "embedding": choice.embeddings()}
+    files = {
+        "lora": choice.loras(),
+        "embedding": choice.embeddings(),
+        "vae": [(choice.vae, None)] if choice.vae else [],
+    }
     named = {path: f"files/{sha256(path)[:16]}/{path.name}" for pairs in files.values() for path, _ in pairs}
     if missing := {path: name for path, name in named.items() if name not in there}:
         print(f"sending {', '.join(path.name for path in missing)}", flush=True)
@@ -585,8 +598,8 @@ def plan_file(
     if overwrite:
         return pictures
     choice = choice or ModelChoice()
-    files = {"loras": choice.recorded_loras(), "embeddings": choice.recorded_embeddings()}
-    return left_to_draw(pictures, png_parameters, {"checkpoint": checkpoint_path(ckpt).name, **files})
+    same = {"checkpoint": checkpoint_path(ckpt).name, **choice.recorded_files()}
+    return left_to_draw(pictures, png_parameters, same)
 
 
 def png_parameters(path: Path) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The command line: `python sd/inference.py --prompt "a lighthouse in a storm"`.
+"""The command line: `python sd/inference.py --prompt "a red apple"`.
 
 Only the standard library is imported before the arguments are read, so that --help and a typing error answer at once.
 """
@@ -10,12 +10,14 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST_LINE = 2000  # of an error: what it quotes may be a file's, or megabytes
 RANDOM_SEED = -1  # what other programs call no seed
 
 
@@ -31,7 +33,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from sd import samplers  # noqa: E402
-from sd.pictures import drawing, loras, parameters  # noqa: E402
+from sd.pictures import drawing, loras, parameters, vocabulary  # noqa: E402
 from sd.pictures.controls import check_controls, load_controls  # noqa: E402
 from sd.pictures.files import DEFAULT, NAME_FIELDS, Pictures  # noqa: E402
 from sd.pictures.model import ModelChoice, add_model_options, add_speed_options  # noqa: E402
@@ -40,11 +42,13 @@ from sd.pictures.plan import Job, Picture  # noqa: E402
 from sd.pictures.run import Run, check_init_images, not_there_yet, pictures_of, recalled  # noqa: E402
 from sd.pictures.saving import STDOUT  # noqa: E402
 from sd.pictures.streams import steady  # noqa: E402
+from sd.printable import Printable, printable  # noqa: E402
 
 if TYPE_CHECKING:
     from sd.pipeline import StableDiffusion
 
 Options = TypeVar("Options")
+log = logging.getLogger(f"sd.{__name__}" if __name__ == "__main__" else __name__)
 
 
 # ---- arguments
@@ -85,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     speed("--explain", action="store_true", help="print what runs in each module, and which optimization put it there")
     speed("--batch-size", type=int, metavar="N", help="pictures at once (what memory allows; halved when it runs out)")
     _add_output(parser.add_argument_group("the files").add_argument)
-    _add_watching(parser.add_argument_group("while a picture forms").add_argument)
+    _add_watching(parser.add_argument_group("to look at").add_argument)
     return parser
 
 
@@ -121,6 +125,7 @@ def _add_output(add: Callable[..., object]) -> None:
 
 
 def _add_watching(add: Callable[..., object]) -> None:
+    add("--show", action="store_true", help="show each picture in the terminal when it is drawn")
     add(
         "--preview",
         type=int,
@@ -132,12 +137,26 @@ def _add_watching(add: Callable[..., object]) -> None:
     add("--save-steps", type=Path, metavar="FILE", help="all steps as an animation: .webp, .gif or .png")
 
 
+FIRST_SCREEN = """\
+Stable Diffusion 1.5: a prompt becomes a picture.
+
+  python sd/inference.py --prompt "a blue fox on a yellow background"
+  python sd/inference.py --prompt "a castle" --fast --num-images 4 --out "castle-{seed}.png"
+  python sd/inference.py --from-png output.png --opt kv-cache,deepcache=3 --explain
+
+Without other weights it draws with the demo model that is in here: 1,100 things as drawings.
+python sd/download.py fetches Stable Diffusion 1.5 (4.3 GB); --ckpt FILE names any other model.
+
+--help lists all options, --list-opts what makes it faster, --list-samplers the samplers."""
+"""What somebody sees who types no options."""
+
+
 # ---- the run
 
 
 def run(asked: Run, model: ModelChoice) -> None:
     """Read, check, load, draw, save. Raises UserError for what the caller got wrong."""
-    logging.basicConfig(format="%(message)s")
+    start_log()
     logging.getLogger("sd").setLevel(logging.INFO)
     if told := "\n\n".join(_answers(asked)):
         print(told)
@@ -150,6 +169,10 @@ def run(asked: Run, model: ModelChoice) -> None:
     check_files(jobs, model, recorded)
     with watch("import"):
         import sd.pipeline  # noqa: F401
+    if __name__ == "__main__":  # who calls this from a program of their own keep their signals
+        from sd.checkpoints.shrinking import on_bus_error
+
+        on_bus_error(leave_at_once)
     checkpoint = model.checkpoint(recorded)
     windows, count = left_of(pictures, asked, checkpoint, model)
     if pictures and not count:
@@ -165,6 +188,8 @@ def run(asked: Run, model: ModelChoice) -> None:
         save_quantized(pipe, asked.save_quantized)
     drawing.check_sizes(pipe, jobs)
     load_controls(pipe, jobs)
+    if told := vocabulary.notice(pipe, jobs):
+        log.warning(told)
     facts, at_once = model.facts(pipe, checkpoint), (asked.batch_size, asked.place)
     how = drawing.Draw(facts, asked.save, out, asked.watching, *at_once, model.lora_dir)
     failed = drawing.draw_all(pipe, windows, count, how, watch)
@@ -173,6 +198,13 @@ def run(asked: Run, model: ModelChoice) -> None:
         raise UserError(failed[0])
     if failed:
         raise SomeFailedError(failed)
+
+
+def start_log() -> None:
+    """Lines on stderr; names and files that they speak of may hold what a terminal would obey."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler])
 
 
 def check_files(jobs: Sequence[Job], model: ModelChoice, recorded: Mapping[str, object]) -> None:
@@ -251,6 +283,9 @@ class SomeFailedError(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
+    if not (sys.argv[1:] if argv is None else argv):
+        print(FIRST_SCREEN, file=sys.stderr)
+        return 2
     return exit_code(lambda: run(*parse_arguments(argv)))
 
 
@@ -267,7 +302,10 @@ def exit_code(action: Callable[[], None]) -> int:
         for line in error.lines:
             fail(line)
         return 1
-    except (UserError, ValueError, OSError, MemoryError) as error:
+    except OSError as error:
+        named = error.filename is not None and error.strerror
+        return fail(f"{error.filename}: {error.strerror}" if named else str(error) or type(error).__name__)
+    except (UserError, ValueError, MemoryError) as error:
         return fail(str(error) or type(error).__name__)
     except RuntimeError as error:
         if not drawing.is_out_of_memory(error):
@@ -279,9 +317,20 @@ def exit_code(action: Callable[[], None]) -> int:
 
 def fail(message: str) -> int:
     """One line, without the terminal codes that names and files may hold."""
-    shown = "".join(character if character.isprintable() else " " for character in message)
-    print(f"error: {' '.join(shown.split())}", file=sys.stderr)
+    line = one_line(message)
+    print(f"error: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + '...'}", file=sys.stderr)
     return 2
+
+
+def one_line(message: str) -> str:
+    return " ".join(printable(message).split())
+
+
+def leave_at_once(message: str) -> NoReturn:
+    """From a thread that cannot go on."""
+    with suppress(OSError):
+        os.write(2, f"\nerror: {one_line(message)}\n".encode())  # on a line of its own, below a bar
+    os._exit(2)
 
 
 if __name__ == "__main__":

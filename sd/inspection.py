@@ -25,7 +25,7 @@ from sd.checkpoints.layouts import (
     unusual,
 )
 from sd.checkpoints.lora import family_of_lora, lora_groups, triggers
-from sd.checkpoints.shapes import config_of
+from sd.checkpoints.shapes import config_of, is_guess
 from sd.checkpoints.whole import open_model
 from sd.models import build
 
@@ -67,7 +67,8 @@ def _of_checkpoint(opened: Opened, path: str) -> Lines:
     wanted = {PREFIXES[part] + name: t for part, model in models.items() for name, t in model.state_dict().items()}
     kind = "an inpainting model" if config.unet.inpaints else "a checkpoint"
     yield "kind", f"{kind} of {config.name}: text encoder, UNet and VAE"
-    yield "prediction", f"{config.prediction} ({'the noise' if config.prediction == 'eps' else 'velocity'})"
+    said = f"{config.prediction} ({'the noise' if config.prediction == 'eps' else 'velocity'})"
+    yield "prediction", f"{said}, guessed: --prediction eps or v decides" if is_guess(opened) else said
     yield from _numbers({name: t for name, t in opened.tensors.items() if name in wanted})
     if any(name.startswith("model_ema.") for name in opened.tensors):
         yield "averaged", "a second UNet of averaged weights (model_ema.*): --ema takes it"

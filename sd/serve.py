@@ -9,10 +9,12 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if __name__ == "__main__":
     # Python has put sd/ itself first, where config.py and images.py could shadow other packages.
@@ -21,11 +23,13 @@ if __name__ == "__main__":
 from sd import inference
 from sd.pictures.model import ModelChoice, add_model_options, add_speed_options
 from sd.pictures.parameters import OneLineParser, UserError
+from sd.printable import Printable
 from sd.service.access import auth_from_env, is_address, is_loopback
 from sd.service.logs import AtMost
 from sd.service.orders import Limits, limits_from_env
 
 if TYPE_CHECKING:
+    from sd.service.app import Service
     from sd.service.server import Server
 
 
@@ -121,8 +125,11 @@ def run(hosting: Hosting, limits: Limits, model: ModelChoice) -> None:
     if not auth and not is_loopback(host):
         raise UserError(f"--host {host} is open to others: it needs SD_AUTH=basic, SD_USER and SD_PASSWORD")
     with bind(host, hosting.port) as sock:
+        from sd.checkpoints.shrinking import on_bus_error
         from sd.service import app, server  # here: a package that is missing is told before the weights are read
 
+        if __name__ == "__main__":
+            on_bus_error(inference.leave_at_once)
         checkpoint = model.checkpoint()
         pipe = model.load(checkpoint)
         facts = model.facts(pipe, checkpoint)
@@ -133,7 +140,19 @@ def run(hosting: Hosting, limits: Limits, model: ModelChoice) -> None:
         print(f"{facts['model']} on {facts['device']}: {url(sock)}", flush=True)
         serving = server.Server(made, limits, hosting.grace, hosting.trusted_proxy or ())
         end_on_sigterm(serving)
+        if __name__ == "__main__":
+            on_bus_error(partial(park, made.state.service))
         serving.run(sockets=[sock])
+    if made.state.service.lost:  # a thread may be parked, for which Python would wait
+        sys.stderr.flush()
+        os._exit(inference.fail(made.state.service.lost))
+
+
+def park(service: "Service", message: str) -> NoReturn:
+    """In the thread that draws, which cannot go on: the others answer those who wait, and end the server."""
+    service.lose(message)
+    while True:
+        time.sleep(3600)
 
 
 def check(hosting: Hosting) -> None:
@@ -159,7 +178,8 @@ def _start_log() -> None:
     """Lines to stderr, so many in a while: who makes the server complain does not fill its disk."""
     handler = logging.StreamHandler()
     handler.addFilter(AtMost())
-    logging.basicConfig(format="%(message)s", handlers=[handler])
+    handler.setFormatter(Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("sd").setLevel(logging.INFO)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients get wrong has its line in the access log
 

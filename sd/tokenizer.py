@@ -73,6 +73,10 @@ class Tokenizer:
         text = self._pipeline.decode([int(i) for i in ids], skip_special_tokens=True)
         return text.replace(WORD_END, " ").strip()
 
+    def names(self, ids: Iterable[int]) -> list[str]:
+        """The tokens as data/vocab.json spells them: `fox</w>` ends a word."""
+        return [self._pipeline.id_to_token(i) for i in ids]
+
     def __call__(self, prompts: str | Sequence[str], length: int = 77) -> torch.LongTensor:
         """Ids of a batch, [B, length] int64; one prompt is a batch of one.
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from bench.reference.numbers import pixels, relative_error
 from bench.reference.oracles import SCHEDULE, ddim_scheduler, diffusers_pipeline
-from bench.reference.weights import TINY, write_safetensors
-from sd import inference, optimizations
+from bench.reference.weights import TINY, TINY_SD2, write_safetensors
+from sd import inference, model_loader, optimizations
 from sd.checkpoints.lora import read_lora
 from sd.model_loader import CheckpointError
 from sd.pictures.png import read_parameters
@@ -91,16 +91,28 @@ def theirs_with(pipe: StableDiffusion, path, strength: float):
 def their_pixels(theirs, pipe: StableDiffusion) -> np.ndarray:
     from sd.noise import PictureNoise
 
-    start = PictureNoise([DRAW["seed"]], (4, 8, 8), pipe.device, torch.float32)()
+    side = 64 // pipe.config.vae.downsampling
+    start = PictureNoise([DRAW["seed"]], (4, side, side), pipe.device, torch.float32)()
     picture = theirs(
         "a red fox", num_inference_steps=DRAW["steps"], guidance_scale=7.5, latents=start, height=64, width=64
     )
     return pixels(picture.images)
 
 
-@pytest.mark.parametrize("layout", ["kohya", "kohya, no convolutions", "PEFT"])
-@pytest.mark.parametrize("strength", [1.0, 0.6])
-def test_pictures_are_those_of_diffusers_and_peft(pipe, tmp_path, layout, strength):
+@pytest.fixture
+def second(tmp_path) -> StableDiffusion:
+    """Stable Diffusion 2, from its own layout: matrices before and after the transformers."""
+    model_loader.save(tmp_path / "sd2.safetensors", TINY_SD2, *random_models(TINY_SD2, seed=2))
+    return StableDiffusion.load(tmp_path / "sd2.safetensors", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "strength"),
+    [("pipe", layout, s) for layout in ("kohya", "kohya, no convolutions", "PEFT") for s in (1.0, 0.6)]
+    + [("second", "kohya", 0.6), ("second", "PEFT", 1.0)],
+)
+def test_pictures_are_those_of_diffusers_and_peft(request, tmp_path, family, layout, strength):
+    pipe = request.getfixturevalue(family)
     plain = diffusers_pipeline(pipe, ddim_scheduler())
     text = plain.text_encoder
     tensors = peft(plain.unet) if layout == "PEFT" else kohya(plain.unet, text, layout == "kohya")

@@ -111,6 +111,27 @@ def lora(tmp_path) -> Path:
     return tmp_path / "style.safetensors"
 
 
+@pytest.fixture
+def vae(tmp_path) -> Path:
+    """An autoencoder that is not the demo model's: its last layer turned about."""
+    weights = StableDiffusion.load(DEMO_CHECKPOINT, "cpu").vae.state_dict()
+    weights["decoder.conv_out.weight"] = -weights["decoder.conv_out.weight"]
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "vae.safetensors")
+    return tmp_path / "vae.safetensors"
+
+
+@pytest.mark.full(memory=False)
+def test_an_autoencoder_of_this_machine(loopback, vae, tmp_path):
+    draw = ["--prompt", "a red apple", "--steps", 2, "--seed", 5, "--opt", "none", "--vae", vae]
+    result = loopback.run("run", "modal_inference.py", *draw, "--ckpt", "demo", SD_GPU="none")
+    assert result.code == 0, result.text
+    drawn_here(tmp_path / "with.png", DEMO_CHECKPOINT, *draw)
+    drawn_here(tmp_path / "without.png", DEMO_CHECKPOINT, *draw[:-2])
+    assert (pixels(loopback.cwd / "output.png") == pixels(tmp_path / "with.png")).all()
+    assert (pixels(tmp_path / "with.png") != pixels(tmp_path / "without.png")).any()
+    assert read_parameters(loopback.cwd / "output.png") == read_parameters(tmp_path / "with.png")
+
+
 @pytest.mark.full(memory=False)
 def test_a_lora_of_this_machine_is_sent_once(loopback, lora, tmp_path):
     """One prompt and a prompts file draw with it, pixel for pixel as here, and it goes to the volume a single time."""
@@ -145,14 +166,18 @@ def test_files_that_are_sent_are_told_apart_by_content(tmp_path, monkeypatch, ca
     names = [f"files/{sha256(content).hexdigest()[:16]}/a.pt" for content in (b"one", b"two")]
     batch = MagicMock()
     monkeypatch.setattr(modal_inference.weights, "batch_upload", batch)
-    choice = modal_inference.named_files({"lora": f"{first}:0.5,{second}", "embedding": f"{second}:word"})
+    choice = modal_inference.named_files(
+        {"lora": f"{first}:0.5,{second}", "embedding": f"{second}:word", "vae": str(first)}
+    )
     said = modal_inference.sent(choice, {names[0]})
     (call,) = batch.return_value.__enter__.return_value.put_file.call_args_list
     assert call.args == (second, f"/{names[1]}")
     assert capsys.readouterr().out == "sending a.pt\n"
     weights = f"{ROOT}/weights"
     found = {"lora": [f"{weights}/{names[0]}:0.5", f"{weights}/{names[1]}:1.0"]}
-    assert modal_inference.in_container(said) == {**found, "embedding": [f"{weights}/{names[1]}:word"]}
+    found |= {"embedding": [f"{weights}/{names[1]}:word"], "vae": [f"{weights}/{names[0]}"]}
+    assert modal_inference.in_container(said) == found
+    assert modal_inference.choice_of(found).vae == Path(f"{weights}/{names[0]}")
     assert modal_inference.sent(modal_inference.named_files({"lora": None}), set()) == ""
 
 
@@ -206,6 +231,8 @@ def test_mistakes_are_one_line_and_start_nothing(loopback, arguments, words):
         ({"prompts_file": "image.jsonl"}, "image.jsonl line 1: init_image"),
         ({"prompts_file": "control.jsonl"}, "control.jsonl line 1: control is a file of this machine"),
         ({"prompts_file": "other.txt"}, "is another picture"),
+        ({"prompt": "x", "vae": "missing.pt"}, "--vae: there is no file missing.pt"),
+        ({"prompt": "x", "vae": "pictures"}, "--vae: pictures is a folder; name the file in it"),
     ],
 )
 def test_more_mistakes(tmp_path, monkeypatch, capsys, arguments, words):
@@ -331,7 +358,7 @@ def test_the_flags_are_those_of_the_table():
     of_pictures = {name: (one.check.kind | None, None) for name, one in PARAMETERS.items() if name not in of_files}
     assert of_pictures.items() <= flags.items()
     assert {name: flags[name] for name in modal_inference.FILES} == dict.fromkeys(
-        ("lora", "embedding"), (str | None, None)
+        ("lora", "embedding", "vae"), (str | None, None)
     )
     assert not {*of_files, "given"} & set(flags)
     assert flags["opt"][1] == modal_inference.read_settings({})["SD_OPT"] == "default"

@@ -51,6 +51,15 @@ TINY_SD2 = Config(
 )
 """Two levels of SD 2, with one head at the first and two at the second."""
 
+SD21 = Config(
+    text=TextConfig(width=1024, layers=23, heads=16, openclip=True),
+    unet=UNetConfig(context_dim=1024, head_channels=64, linear_projections=True),
+    image_size=768,
+    name="Stable Diffusion 2",
+    prediction="v",
+)
+"""Stable Diffusion 2.1 (v2-1_768-ema-pruned): of OpenCLIP's 24 layers those that are used."""
+
 
 def tiny_config(**changes) -> Config:
     """TINY with changes: `tiny_config(unet={"norm_groups": 8}, image_size=128)`."""

@@ -1,7 +1,6 @@
 """Which configuration a checkpoint has: from its metadata, else from the tensors' shapes."""
 
 import json
-import logging
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -13,15 +12,13 @@ from sd.checkpoints.files import Opened
 from sd.checkpoints.layouts import PREFIXES, has_three_parts, refuse_other_families
 from sd.config import Config, TextConfig, UNetConfig, VAEConfig
 
-log = logging.getLogger(__name__)
-
 _MOST_TENSORS = 20_000  # of one configuration; SD 1.5 has 1,130
 
 
 def config_of(opened: Opened, prediction: str | None = None) -> Config:
     """The configuration that the file says, else as `infer_config` tells it, with no number that no model has.
 
-    prediction: what the UNet predicts, whatever the file says; None asks it, and guesses with a warning for SD 2.
+    prediction: what the UNet predicts, whatever the file says; None asks it, and guesses where `is_guess`.
     """
     config = _said_config(opened)
     if config is None:
@@ -54,6 +51,13 @@ def _said(opened: Opened) -> str | None:
     return "eps" if said in ("eps", "epsilon") else None
 
 
+def is_guess(opened: Opened) -> bool:
+    """Whether nothing says what the UNet predicts where both occur: the files of SD 2 do not."""
+    with damaged("not the layout of Stable Diffusion 1.x"):
+        says = _said_config(opened) or _said(opened)
+        return not says and infer_config(opened.tensors, opened.marks).text.openclip
+
+
 _LAST_NORM = PREFIXES["unet"] + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _SPREAD_OF_V = 0.09
 
@@ -64,9 +68,7 @@ def _guessed(tensors: dict[str, Tensor], config: Config) -> str:
     if not config.text.openclip:
         return "eps"
     spread = tensors[_LAST_NORM].float().std(correction=0).item() if _LAST_NORM in tensors else 0.0
-    guess = "v" if spread > _SPREAD_OF_V and not config.unet.inpaints else "eps"
-    log.warning("the file does not say what its UNet predicts; it looks like %s: --prediction eps or v decides", guess)
-    return guess
+    return "v" if spread > _SPREAD_OF_V and not config.unet.inpaints else "eps"
 
 
 def is_own(config: str | None) -> bool:

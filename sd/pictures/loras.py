@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd import prompts
+from sd.nearest import there_are
 from sd.pictures.parameters import UserError, shown
 from sd.pictures.plan import Job
 from sd.pictures.provenance import ProvenanceError, fingerprint
@@ -50,7 +51,7 @@ def file_of(name: str, folder: Path | None) -> Path:
     path = next((folder / f"{name}{ending}" for ending in ENDINGS if (folder / f"{name}{ending}").is_file()), None)
     if path is None:
         there = sorted(path.stem for path in folder.glob("*") if path.suffix in ENDINGS)[:20]
-        raise UserError(f"there is no LoRA {name} in {folder}; there are {', '.join(there) or 'none'}")
+        raise UserError(f"there is no LoRA {name} in {folder}{there_are(name, there)}")
     return path
 
 

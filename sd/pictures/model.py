@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd.config import PREDICTIONS
+from sd.nearest import there_are
 from sd.pictures.parameters import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DEVICES = ("cuda", "cuda:0", "mps", "cpu")
 DTYPES = ("float32", "float16", "bfloat16")
 SHORT = ("cpu-bf16", "cpu-int8")  # the optimizations that pack short numbers from the weights
 
@@ -203,12 +205,19 @@ class ModelChoice:
 
         return [self.vae.name, fingerprint(self.vae)] if self.vae else None
 
+    def recorded_files(self) -> dict[str, list | None]:
+        """All of these by the names that they have in a PNG."""
+        return {
+            "loras": self.recorded_loras(),
+            "embeddings": self.recorded_embeddings(),
+            "vae": self.recorded_vae(),
+        }
+
     def same(self, checkpoint: Path) -> dict[str, object]:
         """What a picture's file must say of the model, to be one of this run's."""
         from sd.pictures.provenance import fingerprint
 
-        files = {"loras": self.recorded_loras(), "embeddings": self.recorded_embeddings(), "vae": self.recorded_vae()}
-        return {"checkpoint_hash": fingerprint(checkpoint), **files}
+        return {"checkpoint_hash": fingerprint(checkpoint), **self.recorded_files()}
 
     def facts(self, pipe: "StableDiffusion", checkpoint: Path) -> dict[str, object]:
         """What a picture's PNG says of the model and the machine; --from-png reads it."""
@@ -221,9 +230,7 @@ class ModelChoice:
             "checkpoint_hash": fingerprint(checkpoint),
             "ema": self.ema,
             "prediction": pipe.config.prediction if pipe.config.prediction != "eps" else None,
-            "loras": self.recorded_loras(),
-            "embeddings": self.recorded_embeddings(),
-            "vae": self.recorded_vae(),
+            **self.recorded_files(),
             "quantized": self.load_quantized and self.load_quantized.name,
             **running,
         }
@@ -301,5 +308,8 @@ def check_device(name: str | None) -> "torch.device | None":
         device = torch.device(name)
         torch.empty(1, device=device).item()  # there are devices that hold no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
+        why = str(error).splitlines()[0]
+        if "device string" in why:  # all that torch knows of, which is a long list
+            raise UserError(f"--device: no device {name!r}{there_are(name, DEVICES)}") from None
+        raise UserError(f"--device: {name!r} cannot be used here ({why})") from error
     return device

@@ -27,6 +27,12 @@ LARGE_BODIES, LARGE_BODIES_OF_CLIENT = 4, 2
 LONGEST_CUT = 1000
 """Characters of what a prompt's end was cut off, in a header."""
 
+MOST_UNKNOWN, LONGEST_WORD = 8, 60
+"""Words that a model has not learned, and characters of each, in a header."""
+
+_OF_PICTURES = ("png", "parameters", "times", "cut", "unknown")
+"""What the answer has of a picture's event."""
+
 
 def refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """One readable line, whatever is wrong."""
@@ -139,13 +145,16 @@ async def answer(task: Task, request: Request, pictures: int) -> Response:
     drawn = await _pictures_of(task, request)
     if kind == JSON:
         return Response(to_json({"pictures": drawn}), media_type=JSON)
-    return Response(drawn[0]["png"], media_type=PNG, headers=_cut_header(drawn[0]))
+    return Response(drawn[0]["png"], media_type=PNG, headers=_told(drawn[0]))
 
 
-def _cut_header(picture: Event) -> dict[str, str]:
-    """X-Cut, a list in JSON of ASCII: what of the prompts was not read."""
+def _told(picture: Event) -> dict[str, str]:
+    """In JSON of ASCII. X-Cut, a list: what of the prompts was not read. X-Unknown: words that the model has not
+    learned, each with a list of those that are near."""
     cut = [text[:LONGEST_CUT] for text in picture.get("cut", ())]
-    return {"X-Cut": json.dumps(cut)} if cut else {}
+    unknown = dict(list(picture.get("unknown", {}).items())[:MOST_UNKNOWN])
+    headers = {"X-Cut": cut, "X-Unknown": {word[:LONGEST_WORD]: near for word, near in unknown.items()}}
+    return {name: json.dumps(value) for name, value in headers.items() if value}
 
 
 async def _pictures_of(task: Task, request: Request) -> list[Event]:
@@ -158,7 +167,7 @@ async def _pictures_of(task: Task, request: Request) -> list[Event]:
             if event["event"] == "error":
                 raise FailedError(event["status"], event["error"])
             if event["event"] == "picture":
-                pictures.append({name: event[name] for name in ("png", "parameters", "times", "cut") if name in event})
+                pictures.append({name: event[name] for name in _OF_PICTURES if name in event})
     finally:
         task.cancel()
     return pictures

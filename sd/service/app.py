@@ -88,10 +88,11 @@ class Service:
         self.limits = limits
         self.facts = facts
         self.log_prompts = log_prompts
+        self.lost = ""
         self.worker = Worker(limits.max_queue, self.told)
         gpu = pipe.device if pipe.device.type == "cuda" else None
         self.metrics = Metrics(lambda: self.worker.waiting, lambda: self.worker.running, gpu)
-        self.drawer = Drawer(pipe, facts, self.metrics)
+        self.drawer = Drawer(pipe, facts, self.metrics, self.lose)
         self.html = page_with_form(PAGE.read_text(encoding="utf-8"), limits, pipe.config)
         self.routes = {
             "/generate": ("POST", self.generate),
@@ -118,6 +119,12 @@ class Service:
         except TimeoutError:
             self.worker.end(at_once=True)
             await asyncio.sleep(FLUSHED)
+
+    def lose(self, message: str) -> None:
+        """Nothing can be drawn any more: all that wait are told so, and whoever hosts this ends it. From any thread."""
+        self.lost = message
+        log.error("ending: %s", message)
+        self.worker.lose("the server has lost its weights, and ends")
 
     # ---- the routes
 

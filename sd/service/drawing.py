@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from sd.checkpoints.errors import CheckpointError
 from sd.pictures.drawing import draw_batch, is_out_of_memory, release
 from sd.pictures.plan import Job
 from sd.pictures.png import to_png
+from sd.pictures.vocabulary import near, unknown_words
 from sd.service.metrics import Metrics
 from sd.service.orders import Order
 from sd.service.worker import Event, FailedError, Report, Work
@@ -19,14 +21,25 @@ if TYPE_CHECKING:
 
 
 class Drawer:
-    """Draws orders with one pipeline, which nobody else uses. facts: what each PNG says of model and machine."""
+    """Draws orders with one pipeline, which nobody else uses.
 
-    def __init__(self, pipe: "StableDiffusion", facts: Mapping[str, object], metrics: Metrics):
+    facts: what each PNG says of model and machine. lose: is told when the weights are no longer what they were.
+    """
+
+    def __init__(
+        self,
+        pipe: "StableDiffusion",
+        facts: Mapping[str, object],
+        metrics: Metrics,
+        lose: Callable[[str], None] = lambda message: None,
+    ):
         self.pipe = pipe
         self.facts = facts
         self.metrics = metrics
+        self.lose = lose
         self._previews: Previews | None = None
         self._cut: list[str] = []
+        self._unknown: dict[str, list[str]] = {}
         pipe.tokenizer.on_cut = lambda length, most, text: self._cut.append(text)
 
     def work_for(self, order: Order) -> Work:
@@ -46,17 +59,25 @@ class Drawer:
         return work
 
     def _picture(self, image: "Image.Image") -> Event:
-        """cut: what of the prompts the model did not read."""
+        """cut: what of the prompts the model did not read. unknown: words it has not learned, each with some near."""
         parameters = {**image.info, **self.facts}
         cut = {"cut": list(dict.fromkeys(self._cut))} if self._cut else {}
-        return {"png": to_png(image, parameters), "parameters": parameters, "times": dict(self.pipe.times), **cut}
+        unknown = {"unknown": self._unknown} if self._unknown else {}
+        told = {**cut, **unknown}
+        return {"png": to_png(image, parameters), "parameters": parameters, "times": dict(self.pipe.times), **told}
 
     def _draw(
         self, order: Order, job: Job, files: "Mapping[str, Image.Image]", report: Report, place: Event
     ) -> "Image.Image":
         self.pipe.times.clear()
         self._cut.clear()
-        return draw_batch(self.pipe, [job], files, [order.origin], self._on_step(order, report, place))[0]
+        try:
+            (image,) = draw_batch(self.pipe, [job], files, [order.origin], self._on_step(order, report, place))
+            self._unknown = near(self.pipe, unknown_words(self.pipe, [job]))
+            return image
+        except CheckpointError as error:
+            self.lose(str(error))
+            raise FailedError(503, "the server has lost its weights, and ends") from error
 
     def _on_step(self, order: Order, report: Report, place: Event) -> "OnStep":
         def on_step(step: int, steps: int, latents: "Tensor") -> None:

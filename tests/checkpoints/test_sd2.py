@@ -87,6 +87,7 @@ def test_what_is_always_beside_is_not_told(released, caplog):
     assert not caplog.text
     assert "left over   nothing unusual" in inspect(released)
     assert "Stable Diffusion 2" in inspect(released)
+    assert "guessed: --prediction eps or v decides" in inspect(released)
 
 
 def test_the_text_encoder_and_unet_against_theirs(models):

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
 
 from bench.reference.weights import tiny_config
 from sd import serve
+from sd.embeddings import Words
 from sd.service import worker
 from sd.service.orders import Limits
 from sd.service.server import Server
@@ -101,13 +103,24 @@ def serving(app, limits: Limits = Limits(), grace: float = 0.0, **options: objec
         assert not thread.is_alive()
 
 
-class WaitingPipe:
-    """Draws step after step until its client has left or the test lets it finish; one picture at a time."""
+class WithoutModel:
+    """What the service looks at of a pipeline; it has learned every word."""
 
     def __init__(self):
         self.config, self.dtype, self.device = tiny_config(), torch.float32, torch.device("cpu")
         self.tokenizer = Tokenizer()
+        self.words = Words(self.config.text.vocab_size)
+        table = SimpleNamespace(weight=torch.ones(self.config.text.vocab_size, 1))
+        self.clip = SimpleNamespace(embeddings=SimpleNamespace(token_embedding=table))
         self.times: dict[str, float] = {}
+        self.source = None
+
+
+class WaitingPipe(WithoutModel):
+    """Draws step after step until its client has left or the test lets it finish; one picture at a time."""
+
+    def __init__(self):
+        super().__init__()
         self.began: queue.Queue[str] = queue.Queue()
         self.left: queue.Queue[str] = queue.Queue()
         self.finish = threading.Semaphore(0)
@@ -131,13 +144,11 @@ def event(response: http.client.HTTPResponse) -> dict[str, object]:
     return json.loads(response.readline())
 
 
-class InstantPipe:
+class InstantPipe(WithoutModel):
     """Draws the same picture at once, after a moment if one is given."""
 
     def __init__(self, image: Image.Image | None = None, seconds: float = 0.0):
-        self.config, self.dtype, self.device = tiny_config(), torch.float32, torch.device("cpu")
-        self.tokenizer = Tokenizer()
-        self.times: dict[str, float] = {}
+        super().__init__()
         self.image = image or Image.new("RGB", (8, 8))
         self.seconds = seconds
 
