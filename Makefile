@@ -1,4 +1,4 @@
-# Everything a person types: `make image PROMPT="..."`, `make test`. The first call builds .venv.
+# Everything a person types; `make help` lists it. The first call builds .venv.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -15,45 +15,62 @@ ARGS ?=
 override PROMPT := $(value PROMPT)
 export PROMPT OUT
 
-.PHONY: image test test-full lint format bench clean
+# pip's log in short: a line a package with its size, and how many are installed at the end.
+define SHORT
+/^ *Downloading .*\.whl \(|^ *Downloading .*\.tar\.gz \(/ { sub(/^ *Downloading /, ""); sub(/.*\//, ""); show("download  " $$0) }
+/^ *Using cached .*\.whl \(/ { sub(/^ *Using cached /, ""); sub(/.*\//, ""); show("cached    " $$0) }
+/^ *Processing / { sub(/^ *Processing /, ""); sub(/.*\//, ""); show("on disk   " $$0) }
+/^Installing collected packages/ { show("install   " NF - 3 " packages, which takes a minute") }
+function show(text) { sub(/-(cp|py)[^ ]*\.whl/, "", text); sub(/ \(from .*/, "", text); printf "%s%3d %s\n", "  ", ++count, text; fflush() }
+endef
+export SHORT
+INSTALL = set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 
-image: $(VENV)/.installed
-	@$(BIN)/python sd/inference.py --prompt "$$PROMPT" --steps $(STEPS) --sampler $(SAMPLER) \
+.PHONY: image help test test-full lint format bench clean
+
+image: $(VENV)/.installed  ## draw PROMPT="a red apple" into output.png (OUT=, STEPS=, SAMPLER=, SEED=, CKPT=, ARGS=)
+	@$(BIN)/python sd/inference.py --show --prompt "$$PROMPT" --steps $(STEPS) --sampler $(SAMPLER) \
 	    $(if $(value OUT),--out "$$OUT") $(if $(SEED),--seed $(SEED)) $(if $(CKPT),--ckpt "$(CKPT)") $(ARGS)
 
-test: $(VENV)/.installed-dev
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+test: $(VENV)/.installed-dev  ## all tests with small models, 5 minutes on 2 cores
 	# Small models: two processes of one thread each; a second thread would only wait for the first.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile
 
-test-full: $(VENV)/.installed-dev
+test-full: $(VENV)/.installed-dev  ## SD 1.5 and 2.1 at their sizes beside diffusers: 16 GB of memory
 	$(BIN)/python -m pytest -m full -rs tests/test_full_size*.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m full -rs -n 2 --dist loadfile --ignore-glob="*/test_full_size*.py"
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.installed-dev
+bench: $(VENV)/.installed-dev  ## the ladder of a CPU, in out/bench
 	$(BIN)/python bench/ladder.py --device cpu --size 256 --steps 2 --fidelity-steps 10 --pairs 3 \
 	    --opts winograd,cpu-linear,cpu-attention,cpu-norm,kv-cache,keep-memory,shared-halves --out out/bench
 
-format: $(VENV)/.installed-dev
+format: $(VENV)/.installed-dev  ## ruff, and it mends
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+clean:  ## remove .venv
 	rm -rf $(VENV)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.11" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	@echo "a virtual environment, in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "what it runs with, into $(VENV): torch and ten small packages (requirements.txt), and what these need"
+	@$(INSTALL) -r requirements.txt | awk "$$SHORT"
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt requirements-oracles.txt $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-oracles.txt
+	@echo "what the tests run with, into $(VENV): pytest, ruff, and the programs that it is compared with"
+	@$(INSTALL) -r requirements-dev.txt | awk "$$SHORT"
+	@$(INSTALL) --no-deps -r requirements-oracles.txt | awk "$$SHORT"
 	@touch $@

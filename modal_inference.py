@@ -46,6 +46,7 @@ if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
 from sd import gpus  # noqa: E402
+from sd.nearest import there_are  # noqa: E402
 from sd.pictures import parameters  # noqa: E402
 from sd.pictures.files import DEFAULT, left_to_draw, named, output_files  # noqa: E402
 from sd.pictures.loras import refuse  # noqa: E402
@@ -112,7 +113,7 @@ def one_line(error: object) -> str:
 def check_gpu(name: str) -> str:
     """The name of a GPU as Modal has it. Raises UserError: Modal itself would say so after the image is built."""
     if name.upper() not in GPUS:
-        raise UserError(f"no GPU {name!r}; there are {', '.join(GPUS)}")
+        raise UserError(f"no GPU {name!r}{there_are(name, GPUS)}")
     return name.upper()
 
 

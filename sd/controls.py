@@ -16,6 +16,7 @@ from sd.edits import Edit
 from sd.guidance import Residuals
 from sd.hints import one_each, preprocessed
 from sd.images import from_pil, resized, to_rgb
+from sd.nearest import there_are
 
 if TYPE_CHECKING:
     from sd.pipeline import StableDiffusion
@@ -81,6 +82,8 @@ class ControlNets:
     def check(self, controls: Sequence[Control], preprocess: Sequence[str] | str | None) -> None:
         """Raise ValueError for a ControlNet that was not added, and for numbers out of range."""
         for control in controls:
+            if not isinstance(control, Control):
+                raise ValueError(f"control must be a list of Control, not of {type(control).__name__}")
             self._known(control.name)
             check_numbers(control.weight, control.start, control.end)
         if controls:
@@ -88,7 +91,7 @@ class ControlNets:
 
     def _known(self, name: str) -> str:
         if name not in self.files:
-            raise ValueError(f"no ControlNet {name!r} was added; there are {', '.join(self.files) or 'none'}")
+            raise ValueError(f"no ControlNet {name!r} was added{there_are(name, self.files)}")
         return name
 
     def _ready(self, pipe: StableDiffusion, name: str) -> ControlNet:

@@ -6,6 +6,8 @@ Needs no torch; Pillow and OpenCV are imported by what needs them.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sd.nearest import there_are
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -23,7 +25,7 @@ def one_each(names: Sequence[str] | str | None, controls: int) -> list[str]:
     """A preprocessor for each of so many controls: none, one for all, or one each. Raises ValueError."""
     names = [names] if isinstance(names, str) else list(names or ["none"])
     if unknown := [name for name in names if name not in PREPROCESSORS]:
-        raise ValueError(f"no control_preprocess {unknown[0]!r}; there are {', '.join(PREPROCESSORS)}")
+        raise ValueError(f"no control_preprocess {unknown[0]!r}{there_are(unknown[0], PREPROCESSORS)}")
     if len(names) not in (1, controls):
         raise ValueError(f"{len(names)} control_preprocess for {controls} controls: give one for all, or one each")
     return names * controls if len(names) == 1 else names

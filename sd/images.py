@@ -76,6 +76,8 @@ def _naming(path: str | os.PathLike) -> Iterator[None]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any picture that Pillow reads as 8-bit RGB: upright (EXIF), transparency on white, 16 bits scaled down."""
     image = ImageOps.exif_transpose(image)
+    if image.mode == "La":  # with premultiplied transparency; Pillow itself turns RGBa into RGB
+        image = image.convert("LA")
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
     if image.has_transparency_data:

@@ -1,4 +1,4 @@
-"""The command line: `python sd/inference.py --prompt "a lighthouse in a storm"`.
+"""The command line: `python sd/inference.py --prompt "a red apple"`.
 
 Only the standard library is imported before the arguments are read, so that --help and a typing error answer at once.
 """
@@ -10,10 +10,11 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 RANDOM_SEED = -1  # what other programs call no seed
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     speed("--explain", action="store_true", help="print what runs in each module, and which optimization put it there")
     speed("--batch-size", type=int, metavar="N", help="pictures at once (what memory allows; halved when it runs out)")
     _add_output(parser.add_argument_group("the files").add_argument)
-    _add_watching(parser.add_argument_group("while a picture forms").add_argument)
+    _add_watching(parser.add_argument_group("to look at").add_argument)
     return parser
 
 
@@ -122,6 +123,7 @@ def _add_output(add: Callable[..., object]) -> None:
 
 
 def _add_watching(add: Callable[..., object]) -> None:
+    add("--show", action="store_true", help="show each picture in the terminal when it is drawn")
     add(
         "--preview",
         type=int,
@@ -131,6 +133,20 @@ def _add_watching(add: Callable[..., object]) -> None:
     add("--preview-file", type=Path, metavar="FILE", help="write it there as often, too")
     add("--preview-decoder", type=Path, metavar="FILE", help="TAESD's decoder, in place of a linear map of the latents")
     add("--save-steps", type=Path, metavar="FILE", help="all steps as an animation: .webp, .gif or .png")
+
+
+FIRST_SCREEN = """\
+Stable Diffusion 1.5: a prompt becomes a picture.
+
+  python sd/inference.py --prompt "a blue fox on a yellow background"
+  python sd/inference.py --prompt "a castle" --fast --num-images 4 --out "castle-{seed}.png"
+  python sd/inference.py --from-png output.png --opt kv-cache,deepcache=3 --explain
+
+Without other weights it draws with the demo model that is in here: 1,100 things as drawings.
+python sd/download.py fetches Stable Diffusion 1.5 (4.3 GB); --ckpt FILE names any other model.
+
+--help lists all options, --list-opts what makes it faster, --list-samplers the samplers."""
+"""What somebody sees who types no options."""
 
 
 # ---- the run
@@ -151,6 +167,10 @@ def run(asked: Run, model: ModelChoice) -> None:
     check_files(jobs, model, recorded)
     with watch("import"):
         import sd.pipeline  # noqa: F401
+    if __name__ == "__main__":  # who calls this from a program of their own keep their signals
+        from sd.checkpoints.shrinking import on_bus_error
+
+        on_bus_error(leave_at_once)
     checkpoint = model.checkpoint(recorded)
     windows, count = left_of(pictures, asked, checkpoint, model)
     if pictures and not count:
@@ -254,6 +274,9 @@ class SomeFailedError(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
+    if not (sys.argv[1:] if argv is None else argv):
+        print(FIRST_SCREEN, file=sys.stderr)
+        return 2
     return exit_code(lambda: run(*parse_arguments(argv)))
 
 
@@ -282,9 +305,20 @@ def exit_code(action: Callable[[], None]) -> int:
 
 def fail(message: str) -> int:
     """One line, without the terminal codes that names and files may hold."""
-    shown = "".join(character if character.isprintable() else " " for character in message)
-    print(f"error: {' '.join(shown.split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
+
+
+def one_line(message: str) -> str:
+    shown = "".join(character if character.isprintable() else " " for character in message)
+    return " ".join(shown.split())
+
+
+def leave_at_once(message: str) -> NoReturn:
+    """From a thread that cannot go on."""
+    with suppress(OSError):
+        os.write(2, f"\nerror: {one_line(message)}\n".encode())  # on a line of its own, below a bar
+    os._exit(2)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor
 from sd import model_loader
 from sd.checkpoints.errors import some
 from sd.checkpoints.lora import Adapter, Layer, read_lora
+from sd.nearest import there_are
 
 if TYPE_CHECKING:
     from sd.pipeline import StableDiffusion
@@ -86,7 +87,7 @@ class Loras:
 
     def _named(self, name: str) -> Merged:
         if name not in self.merged:
-            raise ValueError(f"no LoRA {name!r} is merged; there are {', '.join(self.merged) or 'none'}")
+            raise ValueError(f"no LoRA {name!r} is merged{there_are(name, self.merged)}")
         return self.merged[name]
 
     def _merge(self, pipe: StableDiffusion, layers: Iterable[Layer]) -> None:

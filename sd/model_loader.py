@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from sd.checkpoints.controlnet import DIFFERENCE, names_in
 from sd.checkpoints.errors import CheckpointError, StrPath, damaged, naming, some
-from sd.checkpoints.files import Opened, check_size, written
+from sd.checkpoints.files import Opened, check_size, files_of, written
 from sd.checkpoints.layouts import PREFIXES, TOKEN_IDS, TOKEN_TABLE, ema_name, unusual
-from sd.checkpoints.mapped import drop_pages
+from sd.checkpoints.mapped import drop_pages, mapped_files
 from sd.checkpoints.saving import save
 from sd.checkpoints.shapes import config_of, is_guess
 from sd.checkpoints.vae_files import open_vae, vae_file
@@ -58,6 +58,20 @@ class Source:
         """Of files that are there. Paths are made absolute, but links stay: an index names files beside itself."""
         path, vae = Path(path).absolute(), vae and Path(vae).absolute()
         return cls(path, ema, dtype, _written(path, vae), vae)
+
+    def check_unwritten(self) -> None:
+        """Raises CheckpointError if a file was written to that is still mapped: its weights are others now.
+
+        Files that are replaced or removed as a whole stay as they were for who has them mapped.
+        """
+        try:
+            if _written(self.path, self.vae) == self.written:
+                return
+            inodes = {file.stat().st_ino for path in (self.path, self.vae) if path for file in files_of(path)}
+        except OSError:
+            return
+        if any(file.inode in inodes for file in mapped_files()):
+            raise CheckpointError(f"{self.path}: was written to while it was in use; load it again")
 
 
 def _written(path: Path, vae: Path | None) -> tuple[int, ...]:

@@ -26,10 +26,11 @@ from sd.embeddings import Words
 from sd.guidance import Call, Conditions, Guided, from_velocity
 from sd.images import to_pil
 from sd.lora import Loras
+from sd.nearest import there_are
 from sd.noise import PictureNoise
 from sd.prompt_steps import over_steps
 from sd.prompts import cut, loras, padded, tokenize, weighted
-from sd.request import broadcast, check_numbers, given_latents, pictures
+from sd.request import broadcast, check_ranges, finite, given_latents, if_given, pictures, whole
 from sd.samplers import Sampler
 from sd.schedules import Schedule
 from sd.start import Blend, Start, for_inpainting, from_picture
@@ -207,7 +208,7 @@ class StableDiffusion:
     def remove_embeddings(self, word: str | None = None) -> None:
         """Forget this learned word or all: it is text again."""
         if word is not None and word not in self.words.words:
-            raise ValueError(f"no learned word {word!r}; there are {', '.join(self.words.words) or 'none'}")
+            raise ValueError(f"no learned word {word!r}{there_are(word, self.words.words)}")
         self.words.forget(list(self.words.words) if word is None else [word])
 
     def add_control(self, path: str | os.PathLike) -> str:
@@ -281,7 +282,12 @@ class StableDiffusion:
         Each picture's `info` holds the parameters that make it again. Raises ValueError for values out of range.
         """
         prompts, negatives, seeds = broadcast(prompt, negative_prompt, seed)
-        check_numbers(cfg_scale, strength, hires_strength, hires, clip_skip, self.config.text.layers)
+        steps, cfg_scale, strength = whole("steps", steps), finite("cfg_scale", cfg_scale), finite("strength", strength)
+        mask_blur, hires_strength = finite("mask_blur", mask_blur), finite("hires_strength", hires_strength)
+        height, width, mask_padding = if_given(whole, height=height, width=width, mask_padding=mask_padding)
+        clip_skip, solver_order = if_given(whole, clip_skip=clip_skip, solver_order=solver_order)
+        eta, s_noise, hires = if_given(finite, eta=eta, s_noise=s_noise, hires=hires)
+        check_ranges(strength, hires_strength, hires, clip_skip, self.config.text.layers)
         edits, height, width = self._edits(
             len(prompts), init_image, mask, mask_invert, mask_blur, mask_padding, outpaint, height, width
         )

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sd.nearest import there_are
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,7 +46,7 @@ def parse(text: str, syntax: str = "weights") -> list[Piece]:
     weights that are no number from -10 to 10.
     """
     if syntax not in SYNTAXES:
-        raise ValueError(f"no prompt syntax {syntax!r}; there are {', '.join(SYNTAXES)}")
+        raise ValueError(f"no prompt syntax {syntax!r}{there_are(syntax, SYNTAXES)}")
     if syntax == "plain":
         return [(text, 1.0)]
     pieces = _a1111(_LORA.sub("", text)) if syntax == "a1111" else _weights(text)

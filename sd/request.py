@@ -4,13 +4,16 @@ import math
 import operator
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from PIL import Image
 from torch import Tensor
 
 from sd.images import read
 from sd.noise import PictureNoise
+
+Number = TypeVar("Number", int, float)
 
 
 def broadcast(
@@ -20,8 +23,8 @@ def broadcast(
     texts = {"prompt": prompt, "negative_prompt": negative_prompt or ""}
     columns = [_texts(name, value) for name, value in texts.items()]
     seed = seed.tolist() if hasattr(seed, "tolist") else seed  # numpy's and torch's
-    given_seeds = [_whole(one) for one in seed] if isinstance(seed, Iterable) else None
-    seed = seed if seed is None or given_seeds is not None else _whole(seed)
+    given_seeds = [whole("seed", one) for one in _seeds(seed)] if isinstance(seed, Iterable) else None
+    seed = seed if seed is None or given_seeds is not None else whole("seed", seed)
     if not columns[0]:
         raise ValueError("generate needs at least one prompt")
     count = max(len(column) for column in (*columns, given_seeds or [0]))
@@ -36,18 +39,44 @@ def broadcast(
     return columns[0], columns[1], columns[2]
 
 
+def _seeds(seed: Iterable) -> Iterable:
+    if isinstance(seed, str | bytes):
+        raise ValueError(f"seed must be a whole number, not {seed!r}")
+    return seed
+
+
 def _texts(name: str, value: object) -> list[str]:
     found = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
     if wrong := [one for one in found if not isinstance(one, str)]:
         raise ValueError(f"{name} must be text, not {type(wrong[0]).__name__}")
-    return found
+    return list(map(str, found))  # numpy's are texts of their own kind
 
 
-def _whole(seed: object) -> int:
+def whole(name: str, value: object) -> int:
+    """Any whole number, numpy's too, and 20.0, as tables of numbers have it. Raises ValueError."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     try:
-        return operator.index(seed)
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
     except TypeError:
-        raise ValueError(f"seed must be a whole number, not {seed!r}") from None
+        raise ValueError(f"{name} must be a whole number, not {value!r}") from None
+
+
+def finite(name: str, value: object) -> float:
+    """Any number that is finite, as Python's. Raises ValueError."""
+    try:
+        if isinstance(value, str | bytes | bool) or not math.isfinite(value):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} must be a finite number, not {value!r}") from None
+
+
+def if_given(check: Callable[[str, object], Number], **values: object) -> list[Number | None]:
+    """The values in their order, checked by their names; None stays."""
+    return [None if value is None else check(name, value) for name, value in values.items()]
 
 
 def picture(given: object, name: str) -> Image.Image:
@@ -69,14 +98,12 @@ def pictures(given: object, count: int, name: str) -> list[Image.Image]:
     return found
 
 
-def check_numbers(
-    cfg_scale: float, strength: float, hires_strength: float, hires: float | None, clip_skip: int | None, layers: int
+def check_ranges(
+    strength: float, hires_strength: float, hires: float | None, clip_skip: int | None, layers: int
 ) -> None:
     """Raise ValueError for one that is out of range; layers: of the text encoder."""
     if clip_skip is not None and not 1 <= clip_skip <= layers:
         raise ValueError(f"clip_skip must be from 1 to {layers}, not {clip_skip}")
-    if not math.isfinite(cfg_scale):
-        raise ValueError(f"cfg_scale must be a finite number, not {cfg_scale}")
     if hires is not None and not 1 < hires <= 4:
         raise ValueError(f"hires must be over 1 and at most 4, not {hires}")
     for name, value in (("strength", strength), ("hires_strength", hires_strength)):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from sd import solvers
 from sd.ddpm import ddpm, predict_x0
+from sd.nearest import there_are
 from sd.schedules import SCHEDULES, Schedule, abar_of
 from sd.solvers import ancestral, noised
 
@@ -110,19 +111,25 @@ def read(text: str) -> tuple[str, str | None]:
 
     Capitals, blanks and signs between words mean nothing. Raises ValueError for what is no sampler.
     """
-    squeezed = _squeezed(text)
+    squeezed = _squeezed(_text("sampler", text))
     for ending, schedule in (("", None), *_schedule_words().items()):
         name = _sampler_words().get(squeezed.removesuffix(ending)) if squeezed.endswith(ending) else None
         if name:
             return name, schedule
-    raise ValueError(f"no sampler {text!r}; there are {', '.join(SAMPLERS)}")
+    raise ValueError(f"no sampler {text!r}{there_are(text, SAMPLERS)}")
 
 
 def read_schedule(text: str) -> str:
     """A schedule's name, however it is written. Raises ValueError for what is none."""
-    if name := _schedule_words().get(_squeezed(text)):
+    if name := _schedule_words().get(_squeezed(_text("schedule", text))):
         return name
-    raise ValueError(f"no schedule {text!r}; there are {', '.join(SCHEDULES)}")
+    raise ValueError(f"no schedule {text!r}{there_are(text, SCHEDULES)}")
+
+
+def _text(kind: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{kind} must be text, not {type(value).__name__}")
+    return value
 
 
 def _squeezed(text: str) -> str:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 
+from sd.nearest import there_are
+
 Table = tuple[float, ...]
 """abar of each of the 1000 timesteps of training, falling."""
 
@@ -274,7 +276,7 @@ def make(name: str, steps: int) -> Schedule:
 def check(name: str, steps: int) -> None:
     """Raises ValueError where `make` does, without making anything."""
     if name not in SCHEDULES:
-        raise ValueError(f"no schedule {name!r}; there are {', '.join(SCHEDULES)}")
+        raise ValueError(f"no schedule {name!r}{there_are(name, SCHEDULES)}")
     if not 1 <= steps <= TRAIN_STEPS:
         raise ValueError(f"steps must be from 1 to {TRAIN_STEPS}, not {steps}")
     if name == "lcm" and steps > DISTILLED:

@@ -9,10 +9,12 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if __name__ == "__main__":
     # Python has put sd/ itself first, where config.py and images.py could shadow other packages.
@@ -27,6 +29,7 @@ from sd.service.offers import Offers
 from sd.service.orders import Limits, limits_from_env
 
 if TYPE_CHECKING:
+    from sd.service.app import Service
     from sd.service.server import Server
 
 
@@ -139,8 +142,11 @@ def run(hosting: Hosting, limits: Limits, model: ModelChoice) -> None:
 
         optimizations.check(choices)
     with bind(host, hosting.port) as sock:
+        from sd.checkpoints.shrinking import on_bus_error
         from sd.service import app, server  # here: a package that is missing is told before the weights are read
 
+        if __name__ == "__main__":
+            on_bus_error(inference.leave_at_once)
         checkpoint = model.checkpoint()
         pipe = model.load(checkpoint)
         facts = model.facts(pipe, checkpoint)
@@ -151,7 +157,19 @@ def run(hosting: Hosting, limits: Limits, model: ModelChoice) -> None:
         print(f"{facts['model']} on {facts['device']}: {url(sock)}", flush=True)
         serving = server.Server(made, limits, hosting.grace, hosting.trusted_proxy or ())
         end_on_sigterm(serving)
+        if __name__ == "__main__":
+            on_bus_error(partial(park, made.state.service))
         serving.run(sockets=[sock])
+    if made.state.service.lost:  # a thread may be parked, for which Python would wait
+        sys.stderr.flush()
+        os._exit(inference.fail(made.state.service.lost))
+
+
+def park(service: "Service", message: str) -> NoReturn:
+    """In the thread that draws, which cannot go on: the others answer those who wait, and end the server."""
+    service.lose(message)
+    while True:
+        time.sleep(3600)
 
 
 def check(hosting: Hosting) -> None:

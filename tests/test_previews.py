@@ -282,6 +282,17 @@ def test_a_terminal_sees_it(folder, monkeypatch, capfd):
     assert errors.count("\x1b[16A") == 2 * 2, "each picture begins in new rows"
 
 
+@pytest.mark.parametrize("kind", ["kitty", "blocks", None])
+def test_whole_pictures_are_shown_one_below_the_other(folder, monkeypatch, capfd, kind):
+    monkeypatch.setattr("sd.pictures.watching.terminal_of", lambda stream: kind)
+    assert inference.main([*LINE, "--show", "--num-images", "3", "--batch-size", "2"]) == 0
+    printed = capfd.readouterr().out
+    assert printed.count("▀\x1b[0m\n") == (3 * 16 if kind == "blocks" else 0)
+    numbers = re.findall(r"\x1b_Ga=T,f=100,i=(\d+),p=1", printed)
+    assert numbers == (["1000", "1001", "1002"] if kind == "kitty" else []), "none takes another's place"
+    assert printed.count("output-") == 3
+
+
 @pytest.mark.parametrize("ending", ["webp", "gif", "png"])
 def test_all_steps_as_an_animation(folder, ending):
     for _ in range(2):

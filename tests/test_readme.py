@@ -236,3 +236,33 @@ def test_programs_have_their_options(words, helps, monkeypatch):
     if options and program.endswith(".py") and program not in helps:
         helps[program] = modal_options(program) if words[0] == "modal" else help_of(program, monkeypatch)
     assert [option for option in options if not re.search(rf"{option}\b(?!-)", helps[program])] == []
+
+
+# ---- what the demo model is asked for
+
+BEYOND_THE_DEMO = ("README.md: a lighthouse in a storm", "docs/modal.md: a lighthouse in a storm")
+"""Prompts that stand beside the words "SD 1.5", or after its download."""
+
+
+def test_prompts_are_words_that_the_demo_model_has_learned():
+    """Unless files go with them that are for SD 1.5."""
+    from sd.pictures.plan import plan
+    from sd.pictures.prompts_file import Entry
+    from sd.pictures.vocabulary import unknown_words
+    from sd.pipeline import StableDiffusion
+
+    pipe, asked = StableDiffusion.load(DEMO_CHECKPOINT, "cpu"), []
+    for document in DOCUMENTS:
+        lines = [words for words in commands(document) if "--prompt" in words]
+        spelled = re.findall(r'`--prompt "([^"]+)"', text(document))
+        words = [
+            line[line.index("--prompt") + 1] for line in lines if not {"--lora", "--embedding", "--control"} & {*line}
+        ]
+        asked += [(document, prompt) for prompt in (*words, *spelled) if prompt != "..."]
+    assert len(asked) >= 8
+    unknown = {
+        f"{document}: {prompt}"
+        for document, prompt in asked
+        if unknown_words(pipe, plan([Entry("", {"prompt": prompt, "prompt_syntax": "a1111"})], {}, 0))
+    }
+    assert unknown == {*BEYOND_THE_DEMO}

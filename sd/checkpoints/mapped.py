@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +16,35 @@ LARGE_FILE = 1 << 20  # bytes; libraries are mapped in hundreds of smaller piece
 
 def mapped(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Those whose memory is a file's, as that of weights is which are on disk in the dtype that they are used in."""
-    ranges = _mapped_files()
-    return [tensor for tensor in tensors if any(first <= tensor.data_ptr() < last for first, last in ranges)]
+    files = mapped_files()
+    return [tensor for tensor in tensors if any(file.first <= tensor.data_ptr() < file.last for file in files)]
 
 
-def _mapped_files() -> list[tuple[int, int]]:
-    """Addresses of this process that belong to large files: from, to."""
+@dataclass(frozen=True)
+class MappedFile:
+    """Addresses first to last of this process are those of a file, from an offset on. inode: which file."""
+
+    first: int
+    last: int
+    offset: int
+    inode: int
+    path: Path
+
+
+def mapped_files() -> list[MappedFile]:
+    """The large ones. Nothing where the system does not list them."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return []
     fields = [line.split(maxsplit=5) for line in lines]
-    bounds = [[int(bound, 16) for bound in f[0].split("-")] for f in fields if len(f) == 6 and f[5].startswith("/")]
-    return [(first, last) for first, last in bounds if last - first >= LARGE_FILE]
+    found = [_of_line(*f) for f in fields if len(f) == 6 and f[5].startswith("/") and f[1][0] == "r"]
+    return [file for file in found if file.last - file.first >= LARGE_FILE]
+
+
+def _of_line(addresses: str, mode: str, offset: str, device: str, inode: str, path: str) -> MappedFile:
+    first, last = (int(bound, 16) for bound in addresses.split("-"))
+    return MappedFile(first, last, int(offset, 16), int(inode), Path(path))
 
 
 def into_memory(tensors: Iterable[Tensor]) -> None:

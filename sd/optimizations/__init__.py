@@ -12,7 +12,8 @@
 
 from sd.optimizations.base import OptimizationError
 from sd.optimizations.explain import Explanation, explain
-from sd.optimizations.registry import PRESETS, apply, catalog, check, default, listing, parse, undo, weights_changed
+from sd.optimizations.listing import listing
+from sd.optimizations.registry import PRESETS, apply, catalog, check, default, parse, undo, weights_changed
 
 __all__ = [
     "PRESETS",

@@ -3,7 +3,6 @@
 The registry is this folder: every file's `Optimization` objects, found when first asked for.
 """
 
-import difflib
 import importlib
 import logging
 import pkgutil
@@ -18,6 +17,7 @@ import torch
 
 from sd.checkpoints.stamps import touch
 from sd.kernels import native
+from sd.nearest import is_it
 from sd.optimizations.base import (
     Optimization,
     OptimizationError,
@@ -136,8 +136,8 @@ def read(text: str, preset: str = "") -> Choice:
     if name in PRESETS:
         raise OptimizationError(f"{name} is a preset and takes no value, so not {text!r}")
     if name not in catalog():
-        near = difflib.get_close_matches(name, [*catalog(), *PRESETS], n=1)
-        raise OptimizationError(f"no optimization {name!r}; " + (f"is it {near[0]!r}?" if near else "see --list-opts"))
+        near = is_it(name, [*catalog(), *PRESETS])
+        raise OptimizationError(f"no optimization {name!r}{near or '; see --list-opts'}")
     one = catalog()[name]
     if not given:
         return Choice(text, one, (), preset)
@@ -146,7 +146,9 @@ def read(text: str, preset: str = "") -> Choice:
     try:
         return Choice(text, one, (one.value(value),), preset)
     except ValueError as error:
-        raise OptimizationError(f"{name}={value}: the value must be {error}") from error
+        raise OptimizationError(
+            f"{name}={value}: the value must be {error}{is_it(value, one.hint.split('|'))}"
+        ) from error
 
 
 def parse(names: str | Iterable[str], pipe: StableDiffusion, memory_budget: str | float | None = None) -> list[Choice]:
@@ -368,21 +370,3 @@ def weights_changed(pipe: StableDiffusion) -> None:
     """
     for model in (pipe.clip, pipe.unet, pipe.vae, *pipe.controlnets.loaded.values()):
         touch(model.parameters())
-
-
-# ---- listing
-
-
-def listing() -> str:
-    """All optimizations as a table: name, whether exact, what it needs, what it gained where measured, what it does."""
-    from sd.optimizations.gains import gains
-
-    measured = gains()
-    rows = [("NAME", "", "NEEDS", "GAIN", "WHAT IT DOES")]
-    for one in catalog().values():
-        name = f"{one.name}={one.hint}" if one.hint else one.name
-        exact = "exact" if one.exact else "approximate"
-        rows.append((name, exact, one.needs.text, measured.get(one.name, "not measured yet"), one.summary))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", f"presets: {', '.join(PRESETS)}"])

@@ -19,7 +19,7 @@ from sd.pictures.loras import PromptLoras, named
 from sd.pictures.parameters import UserError, recorded
 from sd.pictures.plan import Job, Picture, draw_in_batches, groups
 from sd.pictures.saving import Save
-from sd.pictures.watching import Watcher, Watching, terminal_of
+from sd.pictures.watching import Watcher, Watching, show, terminal_of
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,8 @@ def draw_batch(
 
     Each has in `info` all that its PNG will say of it, but for the model and the machine.
     """
+    if pipe.source is not None:
+        pipe.source.check_unwritten()
     own = {one.name: [getattr(job, one.name) for job in jobs] for one in recorded() if one.own}
     shared = {one.name: getattr(jobs[0], one.name) for one in recorded() if not one.own}
     named = {one.name: None for one in recorded() if one.file}
@@ -91,6 +93,7 @@ def draw_all(
     failed: list[str] = []
     loras = PromptLoras(pipe, how.lora_dir)
     with Progress(count, how.out) as progress:
+        progress.shows = how.watching.show
         if how.watching.anything:
             progress.watch(pipe, how.watching)
         for window in windows:
@@ -251,6 +254,7 @@ class Progress:
         self.out = out
         self.watcher: Watcher | None = None
         self.bars: dict[str, object] = {}
+        self.shows, self.shown = False, 0
 
     def __enter__(self) -> "Progress":
         if self.pictures > 1:
@@ -271,6 +275,9 @@ class Progress:
         """A batch is drawn and saved."""
         for name in self.watcher.finished(images) if self.watcher else ():
             self.line(name)
+        if self.shows:
+            show(images, self.shown, self.out, partial(self.line, end=""))
+            self.shown += len(images)
 
     def step(self, step: int, steps: int, latents: object) -> None:
         """The callback for `generate`: the bar appears with the first step of each batch."""
@@ -292,10 +299,10 @@ class Progress:
             self.bars["pictures"].total -= pictures
             self.bars["pictures"].refresh()
 
-    def line(self, line: str) -> None:
+    def line(self, line: str, end: str = "\n") -> None:
         from tqdm import tqdm
 
-        tqdm.write(line, file=self.out)
+        tqdm.write(line, file=self.out, end=end)
 
     def note(self, line: str, end: str = "\n") -> None:
         """A line on stderr, beside the bars."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sd.nearest import is_it
 from sd.pictures.formats import ENDINGS
 from sd.pictures.parameters import UserError, shown
 from sd.pictures.plan import Job, Picture
@@ -119,8 +120,9 @@ def _fields(pattern: str) -> list[str]:
     found = [(field, spec, conversion) for _, field, spec, conversion in parts if field is not None]
     for field, spec, conversion in found:
         if field not in NAME_FIELDS or conversion or "{" in spec:
-            there_are = ", ".join(f"{{{name}}}" for name in NAME_FIELDS)
-            raise UserError(f"--out: {pattern} has the field {{{field}}}; there are {there_are}")
+            listed = ", ".join(f"{{{name}}}" for name in NAME_FIELDS)
+            near = is_it(field, NAME_FIELDS) or ";"
+            raise UserError(f"--out: {pattern} has the field {{{field}}}{near} there are {listed}")
     return [field for field, _, _ in found]
 
 

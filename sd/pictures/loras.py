@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd import prompts
+from sd.nearest import there_are
 from sd.pictures.parameters import UserError, shown
 from sd.pictures.plan import Job
 from sd.pictures.provenance import ProvenanceError, fingerprint
@@ -49,7 +50,7 @@ def file_of(name: str, folder: Path | None) -> Path:
         raise UserError(f"{shown(name)} is no name of a LoRA")
     path = next((folder / f"{name}{ending}" for ending in ENDINGS if (folder / f"{name}{ending}").is_file()), None)
     if path is None:
-        raise UserError(f"there is no LoRA {name} in {folder}; there are {', '.join(there(folder)[:20]) or 'none'}")
+        raise UserError(f"there is no LoRA {name} in {folder}{there_are(name, there(folder)[:20])}")
     return path
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd.config import PREDICTIONS
+from sd.nearest import there_are
 from sd.pictures.parameters import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DEVICES = ("cuda", "cuda:0", "mps", "cpu")
 DTYPES = ("float32", "float16", "bfloat16")
 SHORT = ("cpu-bf16", "cpu-int8")  # the optimizations that pack short numbers from the weights
 
@@ -306,5 +308,8 @@ def check_device(name: str | None) -> "torch.device | None":
         device = torch.device(name)
         torch.empty(1, device=device).item()  # there are devices that hold no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
+        why = str(error).splitlines()[0]
+        if "device string" in why:  # all that torch knows of, which is a long list
+            raise UserError(f"--device: no device {name!r}{there_are(name, DEVICES)}") from None
+        raise UserError(f"--device: {name!r} cannot be used here ({why})") from error
     return device

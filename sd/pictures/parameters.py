@@ -7,11 +7,13 @@ parameter is one line of it, and an argument of that name of `StableDiffusion.ge
 import argparse
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
 from sd import hints, prompts, samplers, schedules
+from sd.nearest import is_it, there_are
 from sd.prompt_steps import over_steps
 
 log = logging.getLogger(__name__)
@@ -25,7 +27,14 @@ class OneLineParser(argparse.ArgumentParser):
     """Raises UserError for a wrong option, in place of printing the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists all options)")
+        raise UserError(f"{message}{self._meant(message)} (--help lists all options)")
+
+    def _meant(self, message: str) -> str:
+        """What is spelled like an option that there is not, or like a value that it does not take."""
+        if match := re.fullmatch(r"unrecognized arguments: (?:.* )?(--?[a-z][\w-]*)\b.*", message):
+            return is_it(match[1], self._option_string_actions)
+        match = re.fullmatch(r"argument (?:\S+/)?(--[\w-]+): invalid choice: '(.*)' \(choose from .*\)", message)
+        return is_it(match[2], self._option_string_actions[match[1]].choices) if match else ""
 
 
 class Last(argparse.Action):
@@ -110,7 +119,7 @@ class Choice:
 
     def __call__(self, name: str, value: object) -> str:
         if value not in self.options:
-            raise ValueError(f"no {name} {shown(value)}; there are {', '.join(self.options)}")
+            raise ValueError(f"no {name} {shown(value)}{there_are(str(value), self.options)}")
         return value
 
 
@@ -385,7 +394,7 @@ def add_options(add: Callable[..., object]) -> None:
 def check_parameter(name: str, value: object) -> object:
     """The value, as the type that this parameter has. Raises ValueError, naming the parameter and what it takes."""
     if name not in PARAMETERS:
-        raise ValueError(f"there is no parameter {shown(name)}; there are {', '.join(PARAMETERS)}")
+        raise ValueError(f"there is no parameter {shown(name)}{there_are(name, PARAMETERS)}")
     return PARAMETERS[name].check(name, value)
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sd.nearest import there_are
 from sd.pictures.controls import controls_again, read_control
 from sd.pictures.files import DEFAULT, Pictures, left_to_draw, named
 from sd.pictures.formats import read_foreign, read_parameters
@@ -49,6 +50,7 @@ class Run:
     preview_file: Path | None = None
     preview_decoder: Path | None = None
     save_steps: Path | None = None
+    show: bool = False
     place: tuple[int, int] | None = None
 
     @property
@@ -58,7 +60,7 @@ class Run:
     @property
     def watching(self) -> Watching:
         """What is to be seen of the pictures while they form."""
-        return Watching(self.preview, self.preview_file, self.save_steps, self.preview_decoder)
+        return Watching(self.preview, self.preview_file, self.save_steps, self.preview_decoder, self.show)
 
     @property
     def save(self) -> Save:
@@ -100,6 +102,8 @@ def recalled(run: Run, model: ModelChoice) -> tuple[Run, ModelChoice, dict[str, 
 
 def _said_by(file: Path) -> dict[str, object]:
     """What a picture says of itself; of what another program says and we have not, a line is logged."""
+    if not file.exists():
+        raise UserError(f"--from-png: there is no file {file}")
     try:
         return read_parameters(file)
     except ValueError:
@@ -114,7 +118,7 @@ def _recalled_model(model: ModelChoice, said: Mapping[str, object], file: Path) 
     names = [name for name in ("device", "dtype", "opt", "prediction") if getattr(model, name) is None]
     known = {name: said[name] for name in names if isinstance(said.get(name), str)}
     if known.get("dtype") not in (None, *DTYPES):
-        raise UserError(f"{file}: there is no dtype {known['dtype']}")
+        raise UserError(f"{file}: no dtype {known['dtype']!r}{there_are(known['dtype'], DTYPES)}")
     lora = model.lora if model.lora is not None else loras_again(said.get("loras"), file.parent)
     words = model.embedding if model.embedding is not None else embeddings_again(said.get("embeddings"), file.parent)
     files = {

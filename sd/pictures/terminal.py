@@ -18,13 +18,13 @@ COLUMNS = 32
 SAVE, RESTORE = ESCAPE + "7", ESCAPE + "8"
 """The place of the cursor (DECSC and DECRC)."""
 
-Draw = Callable[["Image.Image", int, int], str]
-"""draw(picture, columns, rows) -> what to write."""
+Draw = Callable[["Image.Image", int, int, int], str]
+"""draw(picture, columns, rows, number) -> what to write; a terminal may replace what it shows by that number."""
 
 
 def kind_of(environ: Mapping[str, str]) -> str:
     """kitty, iterm2, sixel or blocks."""
-    if environ.get("SD_PREVIEW") in KINDS:
+    if environ.get("SD_PREVIEW") in (*KINDS, "blocks"):
         return environ["SD_PREVIEW"]
     term, program = environ.get("TERM", ""), environ.get("TERM_PROGRAM", "")
     if environ.get("TMUX") or term.startswith("screen"):  # which passes no pictures through unasked
@@ -36,13 +36,16 @@ def kind_of(environ: Mapping[str, str]) -> str:
     return "sixel" if "sixel" in term or term.startswith(("foot", "mlterm", "contour")) else "blocks"
 
 
-def shown(image: "Image.Image", kind: str, columns: int = COLUMNS, colours: int = 2**24) -> tuple[str, int]:
-    """What to write, and how many rows it takes. colours: 256 for terminals without more."""
+def shown(
+    image: "Image.Image", kind: str, columns: int = COLUMNS, colours: int = 2**24, number: int = 1
+) -> tuple[str, int]:
+    """What to write, and how many rows it takes. colours: 256 for terminals without more. number: that of another
+    picture that is to stay where it is is another."""
     rows = max(1, round(columns * image.height / image.width / 2))
     if kind == "blocks":
         return _blocks(image, columns, rows, colours), rows
     # Room first, in case it scrolls; and terminals disagree about where a picture leaves the cursor.
-    return "\n" * rows + again(rows) + SAVE + KINDS[kind](image, columns, rows) + RESTORE + "\n" * rows, rows
+    return "\n" * rows + again(rows) + SAVE + KINDS[kind](image, columns, rows, number) + RESTORE + "\n" * rows, rows
 
 
 def again(rows: int) -> str:
@@ -81,21 +84,21 @@ def _png(image: "Image.Image") -> str:
     return base64.b64encode(data.getvalue()).decode()
 
 
-def _kitty(image: "Image.Image", columns: int, rows: int) -> str:
+def _kitty(image: "Image.Image", columns: int, rows: int, number: int) -> str:
     """sw.kovidgoyal.net/kitty/graphics-protocol: a PNG in pieces of 4096 characters; `m` says that more follow.
 
-    Placement 1 of picture 1 takes the place of the one before; q=2 keeps the terminal from answering.
+    Placement 1 of a picture takes the place of the one before; q=2 keeps the terminal from answering.
     """
     data, size = _png(image), 4096
     pieces = [data[i : i + size] for i in range(0, len(data), size)]
-    first = f"a=T,f=100,i=1,p=1,q=2,C=1,c={columns},r={rows},"
+    first = f"a=T,f=100,i={number},p=1,q=2,C=1,c={columns},r={rows},"
     written = []
     for number, piece in enumerate(pieces, start=1):
         written.append(f"{ESCAPE}_G{first if number == 1 else ''}m={int(number < len(pieces))};{piece}{ESCAPE}\\")
     return "".join(written)
 
 
-def _iterm2(image: "Image.Image", columns: int, rows: int) -> str:
+def _iterm2(image: "Image.Image", columns: int, rows: int, number: int) -> str:
     """iterm2.com/documentation-images.html; width and height are those of characters."""
     how = f"inline=1;width={columns};height={rows};preserveAspectRatio=0"
     return f"{ESCAPE}]1337;File={how}:{_png(image)}\x07"
@@ -105,7 +108,7 @@ SIXEL_ROW, SIXEL_COLUMN = 20, 10
 """Pixels of a character: what terminals take for it where they are not asked."""
 
 
-def _sixel(image: "Image.Image", columns: int, rows: int) -> str:
+def _sixel(image: "Image.Image", columns: int, rows: int, number: int) -> str:
     """DEC's sixels: rows of six pixels, colour by colour; a character is 63 and the six bits of a column.
 
     It is no higher than its rows of text are.
@@ -141,4 +144,4 @@ def _runs(row: list[int]) -> str:
     return "".join(out)
 
 
-KINDS: dict[str, Draw] = {"kitty": _kitty, "iterm2": _iterm2, "sixel": _sixel, "blocks": _blocks}
+KINDS: dict[str, Draw] = {"kitty": _kitty, "iterm2": _iterm2, "sixel": _sixel}

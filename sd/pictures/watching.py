@@ -21,6 +21,9 @@ ANIMATIONS = {".webp": "WEBP", ".gif": "GIF", ".png": "PNG"}
 SMALL = 256
 """Pixels of a preview's longer side, in files and animations."""
 
+SHOWN = 1000
+"""Number of the first whole picture in a terminal, beyond those of previews."""
+
 MILLISECONDS, LAST = 120, 1500
 """How long a frame of an animation stands, and the last one."""
 
@@ -29,13 +32,15 @@ MILLISECONDS, LAST = 120, 1500
 class Watching:
     """What is asked for. every: steps between two previews, None for none. decoder: TAESD's file in place of a map.
 
-    file: is written anew with each preview. animation: gets all steps of each picture.
+    file: is written anew with each preview. animation: gets all steps of each picture. show: in the terminal when it is
+    drawn.
     """
 
     every: int | None = None
     file: Path | None = None
     animation: Path | None = None
     decoder: Path | None = None
+    show: bool = False
 
     @property
     def anything(self) -> bool:
@@ -98,6 +103,15 @@ class Watcher:
         if not self.asked.animation:
             return []
         return [_animated([step[i] for step in frames], image, self.asked.animation) for i, image in enumerate(images)]
+
+
+def show(images: "Sequence[Image.Image]", first: int, stream: TextIO, write: Callable[[str], None]) -> None:
+    """Pictures that are drawn, in the terminal that the stream is, if it is one. first: their number among all."""
+    if kind := terminal_of(stream):
+        for number, image in enumerate(images, start=first):
+            # Numbers of previews are small.
+            text, _ = terminal.shown(image, kind, colours=_colours(), number=SHOWN + number)
+            write(text)
 
 
 def _colours() -> int:

@@ -99,10 +99,11 @@ class Service:
         self.facts = facts
         self.log_prompts = log_prompts
         self.offers = offers
+        self.lost = ""
         self.worker = Worker(limits.max_queue, self.told)
         gpu = pipe.device if pipe.device.type == "cuda" else None
         self.metrics = Metrics(lambda: self.worker.waiting, lambda: self.worker.running, gpu)
-        self.drawer = Drawer(pipe, facts, self.metrics, offers)
+        self.drawer = Drawer(pipe, facts, self.metrics, offers, self.lose)
         self.drawer.switcher.try_all(offers.opts)
         self.html = page_with_form(assembled(), limits, pipe.config, offers)
         self.routes = {
@@ -131,6 +132,12 @@ class Service:
         except TimeoutError:
             self.worker.end(at_once=True)
             await asyncio.sleep(FLUSHED)
+
+    def lose(self, message: str) -> None:
+        """Nothing can be drawn any more: all that wait are told so, and whoever hosts this ends it. From any thread."""
+        self.lost = message
+        log.error("ending: %s", message)
+        self.worker.lose("the server has lost its weights, and ends")
 
     # ---- the routes
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from sd.checkpoints.errors import CheckpointError
 from sd.pictures.drawing import draw_batch, is_out_of_memory, release
 from sd.pictures.loras import PromptLoras
 from sd.pictures.model import facts_of
@@ -27,13 +28,25 @@ log = logging.getLogger(__name__)
 
 
 class Drawer:
-    """Draws orders with one pipeline, which nobody else uses. facts: what each PNG says of model and machine."""
+    """Draws orders with one pipeline, which nobody else uses.
 
-    def __init__(self, pipe: "StableDiffusion", facts: Mapping[str, object], metrics: Metrics, offers: Offers):
+    facts: what each PNG says of model and machine. offers: what requests may choose. lose: is told when the weights
+    are no longer what they were.
+    """
+
+    def __init__(
+        self,
+        pipe: "StableDiffusion",
+        facts: Mapping[str, object],
+        metrics: Metrics,
+        offers: Offers,
+        lose: Callable[[str], None] = lambda message: None,
+    ):
         self.pipe = pipe
         self.facts = facts
         self.metrics = metrics
         self.offers = offers
+        self.lose = lose
         self.switcher = Switcher(pipe)
         self._loras = PromptLoras(pipe, offers.lora_dir)
         self._previews: Previews | None = None
@@ -69,6 +82,8 @@ class Drawer:
     def _switch(self, opt: Sequence[str]) -> None:
         try:
             self.switcher.use(opt)
+        except CheckpointError as error:
+            raise self._lost(error) from error
         except ValueError as error:
             raise FailedError(422, f"opt: {error}") from None
 
@@ -90,9 +105,17 @@ class Drawer:
     ) -> "Image.Image":
         self.pipe.times.clear()
         self._cut.clear()
-        self._merge(job)
-        self._unknown = near(self.pipe, unknown_words(self.pipe, [job]))
-        return draw_batch(self.pipe, [job], files, [order.origin], self._on_step(order, report, place))[0]
+        try:
+            self._merge(job)
+            (image,) = draw_batch(self.pipe, [job], files, [order.origin], self._on_step(order, report, place))
+            self._unknown = near(self.pipe, unknown_words(self.pipe, [job]))
+            return image
+        except CheckpointError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: CheckpointError) -> FailedError:
+        self.lose(str(error))
+        return FailedError(503, "the server has lost its weights, and ends")
 
     def _on_step(self, order: Order, report: Report, place: Event) -> "OnStep":
         def on_step(step: int, steps: int, latents: "Tensor") -> None:

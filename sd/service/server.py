@@ -71,7 +71,7 @@ class Server(uvicorn.Server):
             self.connections.sweep(time.monotonic())
         if counter % 100 == 0:
             self._tell()
-        return await super().on_tick(counter)
+        return await super().on_tick(counter) or bool(self.service.lost)
 
     def _tell(self) -> None:
         if more := self.connections.turned_away - self._told:

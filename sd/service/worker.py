@@ -87,6 +87,10 @@ class Task:
         if self.worker.drop(self):
             self._post(_failed(503, ENDING))
 
+    def fail(self, message: str) -> None:
+        """The client is there, and is told why nothing comes."""
+        self._post(_failed(503, message))
+
     def run(self) -> None:
         """In the worker's thread. The place is free before the last event says so, for a client that asks at once."""
         final = self._outcome()
@@ -257,6 +261,15 @@ class Worker:
                 task.end()
             if at_once and self._current is not None:
                 self._current.end()
+
+    def lose(self, message: str) -> None:
+        """The thread will do nothing any more: tell all clients, the one that it worked for too."""
+        with self._lock:
+            self.ending = True
+            lost, self._current = self._current, None
+            for task in [*self._queue, *([lost] if lost else [])]:
+                task.fail(message)
+            self._queue.clear()
 
     def close(self) -> None:
         """Stop what runs at its next report and drop what waits."""

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import common, gains, ladder
 from sd import optimizations
-from sd.optimizations.gains import gains as texts
+from sd.kernels import native
+from sd.optimizations.gains import gains as known
+from sd.optimizations.gains import machine_of
 
 SPEED = {"weights": "random", "size": 256, "steps": 2, "batch": 1, "sampler": "ddpm", "pairs": 3}
 MACHINE = {"date": "2026-01-01", "commit": "abc", "device": "AMD EPYC", "dtype": "float32", "threads": 2}
@@ -111,12 +114,21 @@ def test_the_names_are_optimizations():
 
 
 def test_the_texts():
-    found = texts()
-    assert found["winograd"] == "2.05x (CPU picture)"
-    assert found["cpu-linear"] == "2.05x to 2.20x (CPU picture)"
-    assert found["int8-static"] == "1.07x (CPU picture, 32 dB)"
-    assert found["cuda-graph"] == "1.55 s to 0.670 s with async-noise (H100 picture)"
+    found = {name: list(map(str, entries)) for name, entries in known().items()}
+    assert found["winograd"] == ["2.05x AVX2"]
+    assert found["cpu-linear"] == ["1.07x AVX2"]  # 2.05 to 2.20 times as fast as the plain model
+    assert found["int8-static"] == ["1.07x AVX2, 32 dB"]
+    assert found["cuda-graph"] == ["2.32x H100 with async-noise"]  # 1.55 s to 0.670 s
+    assert found["tgate"] == ["5: 1.24x AVX-512, 18 dB"]
     assert found.keys() == gains.read().keys()
+
+
+def test_machines_are_named_as_the_ladder_names_devices(monkeypatch):
+    assert machine_of("NVIDIA H100 80GB HBM3") == "H100"
+    assert machine_of("NVIDIA A10") == "A10"
+    for flags, expected in ({"avx2"}, "AVX2"), ({"avx2", "avx512f"}, "AVX-512"), ({"avx512f", "amx_bf16"}, "AMX"):
+        monkeypatch.setattr(native, "cpu_has", lambda flags=flags: flags)
+        assert machine_of(common.device_name(torch.device("cpu"))) == expected
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"a": 3}', '{"a": [{}]}', '{"a": [{"after": "x", "before": 1}]}'])
@@ -124,7 +136,7 @@ def test_a_missing_or_damaged_file_says_nothing(tmp_path, content):
     path = tmp_path / "gains.json"
     if content is not None:
         path.write_text(content)
-    assert texts(path) == {}
+    assert known(path) == {}
 
 
 def test_one_line_an_entry(tmp_path):

@@ -1,6 +1,7 @@
 """Everything that a person can get wrong: one line, exit code 2, no traceback, nothing written, nothing executed."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from bench.reference.weights import original_layout, tiny_config, write_ckpt
 from sd import inference
-from sd.inference import main
+from sd.inference import FIRST_SCREEN, main
 from sd.pipeline import GET_WEIGHTS
 from tests.weights import random_models
 
@@ -99,7 +100,7 @@ def refused(folder, capfd):
         (["--out", "-", "--num-images", "2"], "standard output takes one picture"),
         (["--out", "{index.__class__}.png"], "has the field"),
         (["--out", "x" * 300 + ".png"], "longer than 255 bytes"),
-        (["--device", "warp"], "--device: 'warp' cannot be used here"),
+        (["--device", "warp"], "--device: no device 'warp'; there are cuda"),
         (["--device", "cuda:99"], "--device: 'cuda:99' cannot be used here"),
         (["--opt", "magic"], "no optimization 'magic'"),
         (["--attention", "magic"], "magic"),
@@ -117,7 +118,44 @@ def test_values(refused, arguments, message):
 
 
 def test_nothing_to_draw(refused):
-    assert "say what to draw" in refused()
+    assert "say what to draw" in refused("--steps", "3")
+
+
+def test_without_a_word_there_is_a_screen_whose_examples_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SD_CKPT", raising=False)
+    monkeypatch.setattr("sys.argv", ["inference.py"])
+    assert main() == main([]) == 2
+    printed = capsys.readouterr().err
+    assert max(map(len, printed.splitlines())) <= 100
+    examples = [line.split(maxsplit=2)[2] for line in FIRST_SCREEN.splitlines() if line.startswith("  python sd/inf")]
+    assert len(examples) == 3
+    for example in examples:
+        assert main([*shlex.split(example), "--steps", "1"]) == 0, capsys.readouterr().err
+    assert len(list(tmp_path.glob("castle-*.png"))) == 4
+    assert len(list(tmp_path.glob("output*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["--sampler", "ddmi"], "ddim"),
+        (["--sampler", "Euler-b"], "euler"),
+        (["--schedule", "kars"], "karras"),
+        (["--opt", "winogard"], "winograd"),
+        (["--opt", "compile=block"], "blocks"),
+        (["--attention", "flsh"], "flash"),
+        (["--dtype", "float61"], "float16"),
+        (["--device", "cuad"], "cuda"),
+        (["--prompt-syntax", "A11"], "a1111"),
+        (["--control-preprocess", "cany"], "canny"),
+        (["--stpes", "3"], "--steps"),
+        (["--negativ_prompt=x"], "--negative-prompt"),
+        (["--out", "{sed}.png"], "seed"),
+    ],
+)
+def test_a_name_that_is_none_is_told_what_is_near(refused, arguments, near):
+    assert f"; is it '{near}'?" in refused("--prompt", "x", *arguments)
 
 
 # ---- checkpoints
@@ -252,14 +290,14 @@ def test_pictures_to_draw_again(refused, tiny_checkpoint):
     Path("text.png").write_text("not a picture")
     assert "holds no parameters" in refused("--from-png", "foreign.png")
     assert "cannot identify" in refused("--from-png", "text.png")
-    assert "No such file" in refused("--from-png", "missing.png")
+    assert "--from-png: there is no file missing.png" in refused("--from-png", "missing.png")
     cases = [
         ({"prompt": "x", "steps": 0}, "steps must be"),
         ({"prompt": ["x"]}, "prompt must be text"),
         ({"prompt": None}, "prompt is missing"),
         ({"prompt": "x", "cfg_scale": 1e40}, "cfg_scale must be from -1000 to 1000"),
-        ({"prompt": "x", "dtype": "int8"}, "no dtype int8"),
-        ({"prompt": "x", "device": "warp"}, "--device: 'warp'"),
+        ({"prompt": "x", "dtype": "int8"}, "no dtype 'int8'"),
+        ({"prompt": "x", "device": "warp"}, "--device: no device 'warp'"),
         ({"prompt": "x", "opt": "magic"}, "no optimization 'magic'"),
         ({"prompt": "x", "init_image": "gone.png", "init_image_hash": "0"}, "--init-image"),
         ({"prompt": "x", "checkpoint": "/etc/passwd", "checkpoint_hash": "0"}, "--ckpt"),

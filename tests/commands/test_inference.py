@@ -406,8 +406,7 @@ def test_what_runs_is_explained(draw):
 
 def test_optimizations_are_listed(draw):
     out = draw("--list-opts")
-    assert re.search(r"^deepcache=N +approximate +any device ", out, re.MULTILINE)
-    assert re.search(r"^presets: none, default, exact, cpu, fast, original$", out, re.MULTILINE)
+    assert re.search(r"^  deepcache +approx\.  .* =N: deep levels", out, re.MULTILINE)
 
 
 def test_quantized_weights_are_saved_and_loaded(draw):

@@ -327,13 +327,6 @@ def test_every_value_has_a_default_and_a_reader():
         assert all(argument.default is not inspect.Parameter.empty for argument in arguments), one.name
 
 
-def test_listing_names_all():
-    text = optimizations.listing()
-    assert all(f"\n{name}" in text for name in catalog())
-    assert "deepcache=N" in text
-    assert text.splitlines()[-1] == "presets: none, default, exact, cpu, fast, original"
-
-
 def test_a_new_file_is_found_without_a_list(tmp_path):
     """What a person adds: one file in the folder."""
     package = tmp_path / "sd"

@@ -47,6 +47,7 @@ class Pipe:
     """Returns empty pictures, and keeps what it was asked for."""
 
     config = tiny_config()
+    source = None
 
     def generate(self, prompts, **given):
         self.prompts, self.given = prompts, given

@@ -16,7 +16,7 @@ from sd.pictures.plan import plan
 from sd.pictures.png import read_parameters, save_png
 from sd.pictures.prompts_file import read_prompts
 from sd.pictures.run import pictures_of, recalled
-from sd.request import check_numbers
+from sd.request import check_ranges, finite
 from sd.service.form import assembled, page_with_form
 from sd.service.orders import Limits, read_order
 from sd.service.worker import FailedError
@@ -43,7 +43,8 @@ def test_what_is_refused_here_is_what_the_pipeline_refuses():
 
 
 def refused_by_the_pipeline(cfg_scale, strength, sampler, steps, schedule=None):
-    check_numbers(cfg_scale, strength, 0.5, None, None, 12)
+    finite("cfg_scale", cfg_scale)
+    check_ranges(strength, 0.5, None, None, 12)
     samplers.choose(sampler)
     schedules.check(samplers.schedule_of(sampler, schedule), steps)
 
@@ -106,7 +107,7 @@ class Generator:
     """A pipeline that takes any parameter, and says which it was given."""
 
     def __init__(self):
-        self.given = {}
+        self.given, self.source = {}, None
 
     def generate(self, prompts, **given):
         self.given = given

@@ -97,7 +97,7 @@ def test_any_parameter_by_line(tmp_path):
         ('{"prompt": "a", "seed": 9223372036854775807, "num_images": 2}', "line 1: seed"),
         ('{"prompt": "a", "height": 0}', "line 1: height"),
         ('{"prompt": "a", "num_images": 0}', "line 1: num_images"),
-        ('{"prompt": "a", "stpes": 3}', "line 1: there is no parameter 'stpes'; there are prompt, "),
+        ('{"prompt": "a", "stpes": 3}', "line 1: there is no parameter 'stpes'; is it 'steps'? there are prompt, "),
         ('{"prompt": "a", "control": 3}', "line 1: control must be text, not 3"),
         ('{"prompt": "a", "control_preprocess": "x"}', "line 1: no control_preprocess 'x'; there are none, canny"),
         ('{"prompt": "a", "control": "n:p", "control_preprocess": ["none", "canny"]}', "2 control_preprocess for 1"),

@@ -113,6 +113,7 @@ class WithoutModel:
         table = SimpleNamespace(weight=torch.ones(self.config.text.vocab_size, 1))
         self.clip = SimpleNamespace(embeddings=SimpleNamespace(token_embedding=table))
         self.times: dict[str, float] = {}
+        self.source = None
 
 
 class WaitingPipe(WithoutModel):
