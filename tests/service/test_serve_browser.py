@@ -70,7 +70,7 @@ def test_what_of_a_prompt_is_not_read_is_shown(driver, demo):
     page.set(prompt="a fox " * 40 + "with a tail", steps=2)
     page["draw"].click()
     page.wait(page.pictures)
-    assert driver.find_element(By.CLASS_NAME, "cut").text.endswith("a fox with a tail”")
+    assert driver.find_element(By.CLASS_NAME, "told").text.endswith("a fox with a tail”")
     assert page.overflow() <= 0
     assert page.complaints() == []
 

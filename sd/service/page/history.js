@@ -28,8 +28,8 @@ let database = null;
 const all = () => stored("readonly", (store) => store.getAll());
 
 // A picture that was drawn: it is put into the history, and what is too much is dropped. Returns it as it is shown.
-async function keep({ png, parameters, times, cut }, order) {
-  const drawn = { blob: fromBase64(png), parameters, times, cut, init: order.init, mask: order.mask };
+async function keep({ png, parameters, times, cut, unknown }, order) {
+  const drawn = { blob: fromBase64(png), parameters, times, cut, unknown, init: order.init, mask: order.mask };
   lastSeed = parameters.seed;
   try {
     drawn.id = await stored("readwrite", (store) => store.add(drawn));

@@ -16,16 +16,16 @@ async function setInit(file) {
   await showInit();
 }
 
+// The mask is there before it can be painted on.
 async function showInit() {
   at("init-section").open = true;
-  at("init-empty").hidden = hasInit();
-  at("init-shown").hidden = !hasInit();
-  if (!hasInit()) at("init-note").textContent = "";
   showFile(at("init-image"), init);
   if (hasInit()) {
     await at("init-image").decode();
     newMask(at("init-image"));
-  }
+  } else at("init-note").textContent = "";
+  at("init-empty").hidden = hasInit();
+  at("init-shown").hidden = !hasInit();
 }
 
 // The file itself, if this browser can read it and the server takes so many bytes; else a smaller copy of it.

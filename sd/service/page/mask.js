@@ -36,31 +36,34 @@ function drawOne(context, one) {
 
 function drawStroke(context, { points, size, erase }) {
   const [first, ...others] = points.map(({ x, y }) => [x * mask.width, y * mask.width]);
+  const colour = getComputedStyle(document.documentElement).getPropertyValue("--mask");
   context.save();
   context.globalCompositeOperation = erase ? "destination-out" : "source-over";
-  context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--mask");
+  context.fillStyle = context.strokeStyle = colour;
   context.lineWidth = size * mask.width;
   context.lineCap = context.lineJoin = "round";
   context.beginPath();
+  context.arc(...first, context.lineWidth / 2, 0, 2 * Math.PI); // a line from a point to itself is not drawn
+  context.fill();
+  context.beginPath();
   context.moveTo(...first);
-  for (const point of others.length ? others : [first]) context.lineTo(...point);
+  for (const point of others) context.lineTo(...point);
   context.stroke();
   context.restore();
 }
 
-// White where it is painted, on black; null where nothing is.
+// White where it is painted, on black, and nothing between: read again it is the same. null where nothing is painted.
 async function maskFile() {
-  const pixels = mask.getContext("2d").getImageData(0, 0, mask.width, mask.height).data;
-  if (!pixels.some((value, place) => place % 4 === 3 && value >= 128)) return null;
+  const image = mask.getContext("2d").getImageData(0, 0, mask.width, mask.height);
+  let empty = true;
+  for (let i = 0; i < image.data.length; i += 4) {
+    const shade = image.data[i + 3] >= 128 ? 255 : 0;
+    image.data.set([shade, shade, shade, 255], i);
+    if (shade) empty = false;
+  }
+  if (empty) return null;
   const canvas = made("canvas", { width: mask.width, height: mask.height });
-  const context = canvas.getContext("2d");
-  context.drawImage(mask, 0, 0);
-  context.globalCompositeOperation = "source-in";
-  context.fillStyle = "white";
-  context.fillRect(0, 0, canvas.width, canvas.height);
-  context.globalCompositeOperation = "destination-over";
-  context.fillStyle = "black";
-  context.fillRect(0, 0, canvas.width, canvas.height);
+  canvas.getContext("2d").putImageData(image, 0, 0);
   return toPng(canvas);
 }
 

@@ -45,7 +45,7 @@ function clear() {
   at("comparison").hidden = true;
 }
 
-// drawn: {blob, parameters, times, cut}
+// drawn: {blob, parameters, times, cut, unknown}
 async function show(drawn, first = true, several = false) {
   const image = made("img", { src: URL.createObjectURL(drawn.blob), alt: drawn.parameters.prompt });
   await image.decode();
@@ -57,15 +57,25 @@ async function show(drawn, first = true, several = false) {
   if (first) figure.scrollIntoView({ block: "nearest" }); // on a phone it is below the form
 }
 
-function caption({ blob, parameters, times, cut }, file) {
+function caption({ blob, parameters, times, cut, unknown }, file) {
   const facts = made("span", {}, `seed ${parameters.seed} · ${seconds(times).toFixed(1)} s`);
   const again = made("button", { type: "button", className: "small", textContent: "Start from it" });
   again.addEventListener("click", () => setInit(blob));
-  return made("figcaption", {}, facts, again, download(parameters, file, "Download PNG"), ...unread(cut));
+  return made("figcaption", {}, facts, again, download(parameters, file, "Download PNG"), ...told(cut, unknown));
 }
 
-function unread(cut = []) {
-  return cut.map((text) => made("p", { className: "cut" }, `too long, not read: “${text}”`));
+// cut: texts that were too long; unknown: {word: [those that are near]}. Both are lines in plain words.
+function told(cut = [], unknown = {}) {
+  const lines = [
+    ...cut.map((text) => `Too long, not read: “${text}”`),
+    ...Object.entries(unknown).map(([word, near]) => `This model has not learned “${word}”${instead(near)}.`),
+  ];
+  return lines.map((text) => made("p", { className: "told" }, text));
+}
+
+function instead(near) {
+  const words = near.map((word) => `“${word}”`);
+  return words.length ? `. Near to it: ${words.join(", ")}` : "";
 }
 
 function seconds(times) {
