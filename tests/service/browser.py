@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,17 @@ def save(driver: "webdriver.Chrome", name: str) -> None:
     if folder := os.environ.get("SD_SCREENSHOTS"):
         with Image.open(io.BytesIO(driver.get_screenshot_as_png())) as image:
             image.save(Path(folder) / f"{name}.webp", quality=80, method=6)
+
+
+def violations(page: Page) -> list[str]:
+    """Of the rules for accessible pages, contrast among them, as axe-core finds them. Its script is a test's alone."""
+    source = resources.files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+    page.driver.execute_script(source)
+    found = page.script("return (await axe.run()).violations;")
+    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
+
+
+def dark(driver: "webdriver.Chrome", wanted: bool = True) -> None:
+    value = "dark" if wanted else "light"
+    features = [{"name": "prefers-color-scheme", "value": value}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
