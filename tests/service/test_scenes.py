@@ -15,14 +15,21 @@ from tests.service.test_page import stroke
 
 pytestmark = [pytest.mark.full(memory=False), needs_browser]
 
-PROMPTS = ("a yellow banana", "a green frog", "a blue car", "a red apple")
+PROMPTS = (
+    "a yellow banana on a purple background",
+    "a green frog on a yellow background",
+    "a blue car on a white background",
+    "a red apple on a blue background",
+)
+DESK = {"width": 1200, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
 
 
 @pytest.fixture
 def page(driver, demo) -> Page:
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", DESK)
     page = Page(driver, demo)
     page.choose("sampler", "dpmpp_2m")
-    page.set(steps=12, seed=4)
+    page.set(steps=12, seed=4, cfg_scale=3)
     return page
 
 
@@ -96,7 +103,7 @@ def test_two_settings_side_by_side(page, colours):
     page["compare"].click()
     second = page.driver.find_element(By.CSS_SELECTOR, "[data-second=opt]")
     Select(page.see(second)).select_by_visible_text("deepcache=3")
-    page.set(prompt="a red apple")
+    page.set(prompt=PROMPTS[-1])
     page.draw()
     page.wait(lambda: page["comparison"].is_displayed())
     assert re.fullmatch(r"The second: .* dB from the first", page.text("verdict"))
