@@ -22,7 +22,7 @@ from sd.service.orders import Limits
 from tests.service.browser import By, Keys, Page, Select, needs_browser, webdriver
 from tests.service.support import InstantPipe, WaitingPipe, serving
 
-pytestmark = needs_browser
+pytestmark = [pytest.mark.full(memory=False), needs_browser]
 
 DROP = """const [selector, kind, files] = given;
 const data = new DataTransfer();
