@@ -75,6 +75,20 @@ def test_what_of_a_prompt_is_not_read_is_shown(driver, demo):
     assert page.complaints() == []
 
 
+def test_words_that_the_model_has_not_learned_are_told(driver, demo):
+    page = Page(driver, demo)
+    page.set(prompt="a lighthouse", steps=1)
+    page["draw"].click()
+    page.wait(page.pictures)
+    text = driver.find_element(By.CLASS_NAME, "told").text
+    assert text.startswith("This model has not learned “lighthouse”. Near to it: “")
+    driver.refresh()
+    page.wait(lambda: driver.find_elements(By.CSS_SELECTOR, "#history .thumb"))
+    page.see(driver.find_element(By.CSS_SELECTOR, "#history .thumb")).click()
+    page.wait(page.pictures)
+    assert driver.find_element(By.CLASS_NAME, "told").text == text, "out of the history, too"
+
+
 def test_a_drawing_is_stopped(driver):
     pipe = WaitingPipe()
     with serving(create_app(pipe)) as client:
