@@ -70,7 +70,7 @@ class Page:
             field.send_keys(str(value))
 
     def wait(self, condition: Callable[[], object]) -> None:
-        WebDriverWait(self.driver, 4, poll_frequency=0.05).until(lambda _: condition())
+        WebDriverWait(self.driver, 30, poll_frequency=0.05).until(lambda _: condition())
 
     def script(self, text: str, *arguments: object) -> object:
         """What it returns; `await` may be in it."""

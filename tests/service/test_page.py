@@ -165,7 +165,7 @@ def test_what_is_wrong_in_a_closed_section_is_opened(page):
 
 def test_keys(page, asked):
     page.set(prompt="x", steps=2)
-    page.driver.find_element(By.NAME, "steps").send_keys(Keys.CONTROL, Keys.ENTER)
+    page.driver.find_element(By.NAME, "sampler").send_keys(Keys.CONTROL, Keys.ENTER)  # a browser's own Enter does not
     page.wait(page.pictures)
     page.idle()
     page["prompt"].send_keys(Keys.SHIFT, Keys.ENTER)
@@ -415,20 +415,19 @@ def test_how_long_it_takes(driver):
     with serving(create_app(pipe)) as client:
         page = Page(driver, client.port)
         page.set(prompt="x", steps=50)
-        page.script("let now = 0; performance.now = () => now += 2000;")
         page["draw"].click()
         page.wait(lambda: page.text("text") == "step 1 of 50")
-        for steps, text in (
-            ({"step": 11}, "step 11 of 50 · about 8 s left"),
-            ({"step": 21}, "step 21 of 50 · about 6 s left"),
-        ):
-            page.script(
-                """window.clock ??= new Clock(); clock.first ??= {done: 1, now: 2000}; performance.now = () => 4000;
-              progress({picture: 1, pictures: 1, steps: 50, ...given[0]}, clock, "");
-              return at("text").textContent;""",
-                steps,
+        for step, left in ((11, "about 8 s"), (21, "about 3 s")):
+            text = page.script(
+                """const clock = new Clock();
+                performance.now = () => 0;
+                progress({picture: 1, pictures: 1, steps: 50, step: 1}, clock, "");
+                performance.now = () => 2000;
+                progress({picture: 1, pictures: 1, steps: 50, step: given[0]}, clock, "");
+                return at("text").textContent;""",
+                step,
             )
-            assert text
+            assert text == f"step {step} of 50 · {left} left"
         page["stop"].click()
         page.idle()
 
@@ -478,3 +477,23 @@ def test_a_server_that_goes_while_it_draws(driver):
         pipe.began.get(timeout=30)
     page.idle()
     assert page.text("error") == "The server is being stopped; try again in a while"
+
+
+BROKEN = """window.fetch = () => Promise.resolve(new Response(new ReadableStream({start(stream) {
+  stream.enqueue(new TextEncoder().encode('{"event": "waiting", "before": 0}\\n'));
+  if (given[0]) stream.error(new TypeError("network error")); else stream.close();
+}})));"""
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (True, "The server does not answer. Is it still running?"),
+        (False, "The connection ended before the picture was done"),
+    ],
+)
+def test_a_connection_that_ends_too_early(page, broken, message):
+    page.script(BROKEN, broken)
+    page.set(prompt="x")
+    page.draw()
+    assert page.text("error") == message
