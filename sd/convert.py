@@ -26,6 +26,7 @@ from sd.checkpoints.folders import write_folder
 from sd.checkpoints.layouts import PREFIXES
 from sd.checkpoints.saving import write_model
 from sd.config import PREDICTIONS, Config
+from sd.printable import Printable
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 DTYPES = ("float16", "bfloat16", "float32")
@@ -105,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="write in the place of a file that is there")
     args = vars(parser.parse_args(argv))
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     dtype = args.pop("dtype")
     try:
         config = convert(args["source"], args["target"], dtype=dtype and getattr(torch, dtype),

@@ -425,7 +425,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\ninterrupted; run it again to go on", file=sys.stderr)
         return 130
     except (DownloadError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        shown = "".join(c if c.isprintable() else " " for c in str(error))  # a server's words are among them
+        print(f"error: {' '.join(shown.split())}", file=sys.stderr)
         return 2
     print(f"{path}  {path.stat().st_size / 1e9:.2f} GB, sha256 is right{'' if fetched else ', was there already'}")
     return 0

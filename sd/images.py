@@ -1,7 +1,9 @@
 """Pictures between tensors, PIL and files. torch is imported only by what makes a tensor: reading files needs none."""
 
+import errno
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,45 @@ FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "TGA", "ICO", "AV
 """What `read_rgb` opens. Not EPS, for which Pillow would run Ghostscript on the file."""
 
 
+MOST_CHUNKS, MOST_CHUNKS_OF_DATA = 2_000, 1_000_000
+LARGEST_CHUNK, LARGEST_CHUNKS = 16 << 20, 64 << 20
+"""Chunks of a PNG that hold something else than pixels, and those of pixels; bytes of one of the former, and of all."""
+
+_PIXELS = (b"IDAT", b"fdAT", b"fcTL")
+
+
+@contextmanager
+def opened(path: str | os.PathLike, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
+    """The picture in a file, not decoded yet. Raises OSError, ValueError or what its decoder stumbles over.
+
+    Pipes and devices are refused, which may have no end, and a PNG whose texts would fill the memory.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+    _check_chunks(path)
+    with Image.open(path, formats=formats) as image:
+        yield image
+
+
+def _check_chunks(path: str | os.PathLike) -> None:
+    """By the lengths alone that a PNG's chunks begin with. Raises ValueError."""
+    count = pixels = size = 0
+    with open(path, "rb") as file:
+        if file.read(8) != b"\x89PNG\r\n\x1a\n":
+            return
+        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if kind in _PIXELS:
+                pixels += 1
+            else:
+                count, size = count + 1, size + length
+            if length > LARGEST_CHUNK and kind not in _PIXELS:
+                raise ValueError(f"{path} has a chunk of {length >> 20} MB beside its pixels")
+            if count > MOST_CHUNKS or size > LARGEST_CHUNKS or pixels > MOST_CHUNKS_OF_DATA:
+                raise ValueError(f"{path} has over {count + pixels - 1} chunks, with {size >> 20} MB beside its pixels")
+            file.seek(length + 4, os.SEEK_CUR)
+
+
 def to_pil(images: "Tensor") -> list[Image.Image]:
     """Pictures [B, 3, H, W] in [-1, 1] (anything outside is clamped) -> B PIL images. Rounded, not truncated."""
     images = (images.float() / 2 + 0.5).clamp(0, 1)
@@ -24,13 +65,13 @@ def to_pil(images: "Tensor") -> list[Image.Image]:
 
 def read_rgb(path: str | os.PathLike) -> Image.Image:
     """The picture in a file, of an animation the first, as `to_rgb` gives it. Raises ValueError, naming the file."""
-    with _naming(path), Image.open(path, formats=FORMATS) as image:
+    with _naming(path), opened(path) as image:
         return to_rgb(image)
 
 
 def read(path: str | os.PathLike) -> Image.Image:
     """The picture in a file as it is, transparency too. Raises ValueError, naming the file."""
-    with _naming(path), Image.open(path, formats=FORMATS) as image:
+    with _naming(path), opened(path) as image:
         return upright(image)
 
 
@@ -43,7 +84,7 @@ def upright(image: Image.Image) -> Image.Image:
 def size_of_file(path: str | os.PathLike) -> tuple[int, int] | None:
     """Width and height, upright, from the head of the file; None for what is no picture."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with opened(path) as image:
             width, height = image.size
             exif = Image.Image.getexif(image)  # a PNG's own would decode its pixels to look behind them
             return (height, width) if exif.get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
@@ -53,13 +94,13 @@ def size_of_file(path: str | os.PathLike) -> tuple[int, int] | None:
 
 def check_whole(path: str | os.PathLike) -> None:
     """Raise ValueError, naming the file, unless all of its pixels can be decoded."""
-    with _naming(path), Image.open(path, formats=FORMATS) as image:
+    with _naming(path), opened(path) as image:
         image.load()
 
 
 def check_readable(path: str | os.PathLike) -> None:
     """Raise ValueError, naming the file, unless it begins as `read_rgb` expects; the pixels are not decoded."""
-    with _naming(path), Image.open(path, formats=FORMATS):
+    with _naming(path), opened(path):
         pass
 
 

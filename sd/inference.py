@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST_LINE = 2000  # of an error: what it quotes may be a file's, or megabytes
 RANDOM_SEED = -1  # what other programs call no seed
 
 
@@ -41,6 +42,7 @@ from sd.pictures.plan import Job, Picture  # noqa: E402
 from sd.pictures.run import Run, check_init_images, not_there_yet, pictures_of, recalled  # noqa: E402
 from sd.pictures.saving import STDOUT  # noqa: E402
 from sd.pictures.streams import steady  # noqa: E402
+from sd.printable import Printable, printable  # noqa: E402
 
 if TYPE_CHECKING:
     from sd.pipeline import StableDiffusion
@@ -154,7 +156,7 @@ python sd/download.py fetches Stable Diffusion 1.5 (4.3 GB); --ckpt FILE names a
 
 def run(asked: Run, model: ModelChoice) -> None:
     """Read, check, load, draw, save. Raises UserError for what the caller got wrong."""
-    logging.basicConfig(format="%(message)s")
+    start_log()
     logging.getLogger("sd").setLevel(logging.INFO)
     if told := "\n\n".join(_answers(asked)):
         print(told)
@@ -196,6 +198,13 @@ def run(asked: Run, model: ModelChoice) -> None:
         raise UserError(failed[0])
     if failed:
         raise SomeFailedError(failed)
+
+
+def start_log() -> None:
+    """Lines on stderr; names and files that they speak of may hold what a terminal would obey."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler])
 
 
 def check_files(jobs: Sequence[Job], model: ModelChoice, recorded: Mapping[str, object]) -> None:
@@ -293,7 +302,10 @@ def exit_code(action: Callable[[], None]) -> int:
         for line in error.lines:
             fail(line)
         return 1
-    except (UserError, ValueError, OSError, MemoryError) as error:
+    except OSError as error:
+        named = error.filename is not None and error.strerror
+        return fail(f"{error.filename}: {error.strerror}" if named else str(error) or type(error).__name__)
+    except (UserError, ValueError, MemoryError) as error:
         return fail(str(error) or type(error).__name__)
     except RuntimeError as error:
         if not drawing.is_out_of_memory(error):
@@ -305,13 +317,13 @@ def exit_code(action: Callable[[], None]) -> int:
 
 def fail(message: str) -> int:
     """One line, without the terminal codes that names and files may hold."""
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    line = one_line(message)
+    print(f"error: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + '...'}", file=sys.stderr)
     return 2
 
 
 def one_line(message: str) -> str:
-    shown = "".join(character if character.isprintable() else " " for character in message)
-    return " ".join(shown.split())
+    return " ".join(printable(message).split())
 
 
 def leave_at_once(message: str) -> NoReturn:

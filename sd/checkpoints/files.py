@@ -15,7 +15,9 @@ from sd.config import Config
 
 _HEAD_BYTES = 512
 
-_LARGEST_HEADER = 100_000_000  # what safetensors accepts
+_LARGEST_KNOWN = 100_000_000  # what safetensors itself accepts
+LARGEST_HEADER, LARGEST_INDEX = 32 << 20, 8 << 20  # bytes: those of SD 1.5 take 0.2 MB, metadata of training a few
+MOST_TENSORS, MOST_FILES = 20_000, 1_000  # that they list
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def _not_weights(head: bytes) -> str | None:
 def _reader(head: bytes):
     if head.startswith(b"PK\x03\x04"):
         return _read_zip
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_KNOWN:
         return _read_safetensors
     if head.lstrip()[:1] == b"{":
         return _read_index
@@ -105,7 +107,19 @@ def _read_legacy(path: Path) -> Opened:
     return Opened(read_legacy(path), {}, path.stat().st_size, mapped=False)
 
 
+def check_header(path: Path) -> None:
+    """Raise CheckpointError for a safetensors file whose header would take long to read, and hold no model."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise CheckpointError(f"its header of {size >> 20} MB is no model's; {LARGEST_HEADER >> 20} are read")
+        listed = file.read(size).count(b'"data_offsets"')
+    if listed > MOST_TENSORS:
+        raise CheckpointError(f"it lists {listed} tensors, which are no model's; {MOST_TENSORS} are read")
+
+
 def _read_safetensors(path: Path) -> Opened:
+    check_header(path)
     with damaged("a truncated or damaged safetensors file; fetch it again"), safe_open(path, framework="pt") as file:
         return Opened(file.get_tensors(), file.metadata() or {}, path.stat().st_size, mapped=True)
 
@@ -113,7 +127,8 @@ def _read_safetensors(path: Path) -> Opened:
 def _read_index(path: Path) -> Opened:
     """A checkpoint split in the Hugging Face convention: which tensor is in which of the files beside the index."""
     with damaged("not a checkpoint, nor the index of a split one"):
-        index = json.loads(path.read_bytes())
+        index = _small_json(path)
+        _check_index(index["weight_map"])
         files = {name: _beside(path, file) for name, file in index["weight_map"].items()}
     parts = {file: _read_part(file) for file in sorted(set(files.values()))}
     if absent := [name for name, file in files.items() if name not in parts[file].tensors]:
@@ -122,6 +137,20 @@ def _read_index(path: Path) -> Opened:
     first = next(iter(parts.values())).metadata if parts else {}
     tensors = {name: parts[file].tensors[name] for name, file in files.items()}
     return Opened(tensors, {**first, **metadata}, sum(part.size for part in parts.values()), mapped=True)
+
+
+def _check_index(weight_map: dict[str, str]) -> None:
+    if len(weight_map) > MOST_TENSORS or len(set(weight_map.values())) > MOST_FILES:
+        raise CheckpointError(f"the index lists more than {MOST_TENSORS} tensors or {MOST_FILES} files: no model does")
+
+
+def _small_json(path: Path) -> dict:
+    """The object in a file of bounded size. Raises CheckpointError, or ValueError."""
+    with open(path, "rb") as file:
+        data = file.read(LARGEST_INDEX + 1)
+    if len(data) > LARGEST_INDEX:
+        raise CheckpointError(f"JSON of over {LARGEST_INDEX >> 20} MB is no model's index")
+    return json.loads(data)
 
 
 def _read_part(path: Path) -> Opened:
@@ -143,7 +172,7 @@ def files_of(path: Path) -> list[Path]:
         return sorted(file for file in [*path.glob("*.json"), *path.glob("*/*")] if file.suffix in _OF_FOLDERS)
     if path.suffix != ".json":
         return [path]
-    names = json.loads(path.read_bytes()).get("weight_map", {})
+    names = _small_json(path).get("weight_map", {})
     return [path, *(path.with_name(name) for name in sorted(set(names.values())))] if names else files_of(path.parent)
 
 

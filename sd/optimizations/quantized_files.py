@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
+from sd.checkpoints.files import check_header
 from sd.kernels.dots import Scale
 from sd.optimizations.base import Record, in_the_weights_mode, record_of
 from sd.optimizations.cpu_int8 import put_in_with, scales_of
@@ -126,6 +127,7 @@ def _readable(path: str | os.PathLike) -> Iterator[None]:
 def _read(path: str | os.PathLike, device: torch.device) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no quantized weights at {path}")
+    check_header(Path(path))
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}

@@ -20,6 +20,7 @@ from sd.pictures.parameters import UserError, recorded
 from sd.pictures.plan import Job, Picture, draw_in_batches, groups
 from sd.pictures.saving import Save
 from sd.pictures.watching import Watcher, Watching, show, terminal_of
+from sd.printable import printable
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,7 @@ def _draw_group(
     for batch, drawn in draw_in_batches(list(files), drawing.draw, size, is_out_of_memory, make_room):
         for job, image in zip(batch, drawn, strict=True):
             name = how.save(image, files[job], {**image.info, **how.facts})
-            progress.picture(f"{name}  seed {job.seed}")
+            progress.picture(printable(f"{name}  seed {job.seed}"))
         progress.batch(drawn)
 
 

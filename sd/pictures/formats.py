@@ -50,20 +50,19 @@ def read_parameters(path: str | os.PathLike) -> dict[str, object]:
 
     Only the head of the file is read: the pixels are not decoded.
     """
-    from PIL import Image
-
+    from sd.images import opened
     from sd.pictures import png
 
-    with Image.open(path, formats=READ) as image:
+    with opened(path, READ) as image:
         kind = image.format
     return png.read_parameters(path) if kind == "PNG" else _described(path)
 
 
 def read_foreign(path: str | os.PathLike) -> tuple[dict[str, object], dict[str, str]]:
     """What AUTOMATIC1111's web UI wrote: our parameters, and by its names what is none. Raises ValueError without."""
-    from PIL import Image
+    from sd.images import opened
 
-    with Image.open(path, formats=READ) as image:
+    with opened(path, READ) as image:
         text = image.info.get("parameters") if image.format == "PNG" else _comment(image)
     if not isinstance(text, str) or "Steps:" not in text:
         raise ValueError(f"{path} holds no parameters of a picture drawn by this program, or by AUTOMATIC1111's")
@@ -73,8 +72,10 @@ def read_foreign(path: str | os.PathLike) -> tuple[dict[str, object], dict[str, 
 def _described(path: str | os.PathLike) -> dict[str, object]:
     from PIL import Image
 
+    from sd.images import opened
+
     try:
-        with Image.open(path, formats=READ) as image:
+        with opened(path, READ) as image:
             found = json.loads(str(image.getexif().get(DESCRIPTION, "")))
     except (SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
         found = None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from PIL import Image, PngImagePlugin
 
+from sd.images import opened
 from sd.pictures import a1111
 from sd.writing import write_whole
 
@@ -39,7 +40,7 @@ def read_parameters(path: str | os.PathLike) -> dict[str, object]:
     Only the head of the file is read: the pixels are not decoded.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with opened(path, ["PNG"]) as image:
             texts = {key: value for key, value in image.info.items() if isinstance(value, str) and key != FOREIGN}
             parameters = {key: json.loads(value) for key, value in texts.items()}
     except (SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):

@@ -46,6 +46,8 @@ def read_prompts(path: str | os.PathLike) -> list[Entry]:
 
 
 def _text_of(path: Path) -> str:
+    if path.is_fifo() and not str(path).startswith("/dev/"):
+        raise UserError(f"--prompts-file: {path} is a named pipe, which may have no end: write <(...) or -")
     try:
         with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
             data = file.read(LARGEST + 1)

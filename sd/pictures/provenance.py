@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+LARGEST_INDEX, MOST_FILES = 8 << 20, 1_000
 BLOCK = 4096
 BLOCKS = 64
 
@@ -34,10 +35,14 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         found = [*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*/*")]
         return sorted({file for file in found if file.suffix in (".json", ".safetensors", ".bin")})
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file")
     if path.suffix != ".json":
         return [path]
-    weight_map = json.loads(path.read_bytes()).get("weight_map", {})
-    return [path, *(path.parent / name for name in sorted(set(weight_map.values())))]
+    with path.open("rb") as file:
+        weight_map = json.loads(file.read(LARGEST_INDEX)).get("weight_map", {})
+    names = sorted(set(weight_map.values()))
+    return [path, *(path.parent / name for name in names[:MOST_FILES])]
 
 
 def _samples(file: Path) -> Iterator[bytes]:

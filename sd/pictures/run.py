@@ -78,7 +78,10 @@ def recalled(run: Run, model: ModelChoice) -> tuple[Run, ModelChoice, dict[str, 
 
     Raises UserError, OSError or ValueError.
     """
-    said = _said_by(run.from_png)
+    try:
+        said = _said_by(run.from_png)
+    except ValueError as error:
+        raise UserError(f"--from-png: {str(error).removeprefix(f'{run.from_png} ')} ({run.from_png})") from None
     known = checked(str(run.from_png), {one.name: said.get(one.name) for one in recorded()})
     if "prompt" not in known:
         raise UserError(f"{run.from_png}: prompt is missing")

@@ -129,7 +129,7 @@ def test_names_tell_files_apart(pipe, net, tmp_path):
         save_file(original(net), path)
     assert [pipe.add_control(path) for path in (*paths, paths[1])] == ["net", "net-2", "net-3", "net-2"]
     pipe.remove_controls("net-2")
-    with pytest.raises(ValueError, match="no ControlNet 'net-2' was added; there are net, net-3"):
+    with pytest.raises(ValueError, match=r"no ControlNet 'net-2' was added; is it 'net-3'\? there are net, net-3"):
         pipe.remove_controls("net-2")
     assert pipe.add_control(paths[1]) == "net-2"
     pipe.remove_controls()

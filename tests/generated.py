@@ -1,0 +1,62 @@
+"""Inputs of every kind of nonsense, made by hypothesis: some in `make test`, thousands in `make test-full`."""
+
+import base64
+import io
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sd.pictures.parameters import PARAMETERS
+from tests.sparing import FULL
+
+
+def some(few: int, many: int):
+    """A test twice: some examples in `make test`, many in `make test-full`."""
+    return pytest.mark.parametrize("examples", [few, pytest.param(many, marks=FULL)])
+
+
+def tried(test, examples: int, *strategies: st.SearchStrategy) -> None:
+    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    found = settings(max_examples=examples, deadline=None, database=None, suppress_health_check=quiet)
+    found(given(*strategies)(test))()
+
+
+def upload() -> str:
+    data = io.BytesIO()
+    Image.effect_noise((64, 48), 50).save(data, format="PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+UPLOAD = upload()
+NUMBERS = st.one_of(
+    st.integers(),
+    st.floats(),
+    st.sampled_from([0, -1, 1, 1e40, -1e40, 1e308, 10**400, -(10**400), 2**63, 2**63 - 1, 20.0, 20.5, 1e-320, -0.0]),
+)
+TEXTS = st.one_of(
+    st.text(max_size=120),
+    st.text("()[]:|\\,.0123456789aBREK \x1b\n", max_size=60),
+    st.sampled_from(
+        ["x" * 101, "\x1b[2J", "<lora:a:1>", "(((", "[a:b:0.5]", "[" * 90, "1,2,3,4", UPLOAD, UPLOAD[:200]]
+    ),
+)
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def likely(name: str) -> st.SearchStrategy:
+    """What the parameter may take, or nearly, so that others are reached behind it."""
+    check = PARAMETERS[name].check
+    if options := getattr(check, "options", None):
+        return st.sampled_from(options)
+    if hasattr(check, "low"):
+        low, high = check.low, min(check.high, 1100)
+        return st.sampled_from([low, high, low + 1, 64, 512]) | st.integers(int(low), int(high))
+    if PARAMETERS[name].file:
+        return st.just(UPLOAD)
+    return st.sampled_from(["a fox", True, "0,64,0,64"])
