@@ -218,7 +218,7 @@ def server() -> Iterator[Client]:
 
 def answer_to(port: int, sent: bytes) -> bytes:
     """All that comes back until the server closes, or once the client has said its last."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+    with socket.create_connection(("127.0.0.1", port), timeout=120) as sock:
         data = b""
         try:
             sock.sendall(sent)
