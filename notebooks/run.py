@@ -3,7 +3,7 @@
     python notebooks/run.py                 all of them, on the demo model
     python notebooks/run.py int8_by_hand    this one
 
-What a notebook shows is kept small: pictures as JPEG or in 64 colours, whichever takes fewer bytes.
+What a notebook shows is kept small: pictures as JPEG, plots in 64 colours.
 """
 
 import base64
@@ -89,11 +89,13 @@ def small(output: NotebookNode) -> NotebookNode:
 
 
 def encoded(image: Image.Image) -> tuple[str, bytes]:
-    """Its type and bytes, in the format that needs fewer."""
-    jpeg, png = io.BytesIO(), io.BytesIO()
-    image.save(jpeg, "JPEG", quality=88, optimize=True)
-    image.quantize(64, dither=Image.Dither.NONE).save(png, "PNG", optimize=True)
-    return min((("image/jpeg", jpeg.getvalue()), ("image/png", png.getvalue())), key=lambda one: len(one[1]))
+    """Its type and bytes: what has few colours, as a plot, in 64 of them, and all else as JPEG."""
+    file, plot = io.BytesIO(), image.getcolors(4096) is not None
+    if plot:
+        image.quantize(64, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    else:
+        image.save(file, "JPEG", quality=88, optimize=True)
+    return "image/png" if plot else "image/jpeg", file.getvalue()
 
 
 # ---- the index
