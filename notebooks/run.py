@@ -94,7 +94,7 @@ def encoded(image: Image.Image) -> tuple[str, bytes]:
     if plot:
         image.quantize(64, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     else:
-        image.save(file, "JPEG", quality=88, optimize=True)
+        image.save(file, "JPEG", quality=88, subsampling=0, optimize=True)
     return "image/png" if plot else "image/jpeg", file.getvalue()
 
 
