@@ -3,14 +3,14 @@
     python notebooks/run.py                 all of them, on the demo model
     python notebooks/run.py int8_by_hand    this one
 
-What a notebook shows is kept small: pictures as JPEG, plots in 64 colours.
+What a notebook shows is kept small: pictures as JPEG, plots with a palette.
 """
 
 import base64
 import io
+import os
 import re
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -89,10 +89,10 @@ def small(output: NotebookNode) -> NotebookNode:
 
 
 def encoded(image: Image.Image) -> tuple[str, bytes]:
-    """Its type and bytes: what has few colours, as a plot, in 64 of them, and all else as JPEG."""
+    """Its type and bytes: what has few colours, as a plot, with a palette, and all else as JPEG."""
     file, plot = io.BytesIO(), image.getcolors(4096) is not None
     if plot:
-        image.quantize(64, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        image.quantize(255, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     else:
         image.save(file, "JPEG", quality=88, subsampling=0, optimize=True)
     return "image/png" if plot else "image/jpeg", file.getvalue()
@@ -126,9 +126,9 @@ def index() -> str:
 
 HEAD = """# Notebooks
 
-Eight lessons, to be run and changed. Each draws with the demo model that is in this repository, in seconds on two cores, and with
-Stable Diffusion 1.5 after one line is changed: `CKPT = ...` in its first cell. Each ends with exercises, whose answers are
-folded. What they show is kept in them, so GitHub shows it too.
+Eight lessons, to be run and changed. Each draws with the demo model of this repository, and with Stable Diffusion 1.5
+after one line is changed: `CKPT = ...` in its first cell (on a GPU, or with patience). Each ends with exercises, whose
+answers are folded. What they show is kept in them, so GitHub shows it too.
 
 ```
 pip install -r requirements.txt jupyterlab matplotlib
@@ -136,19 +136,26 @@ jupyter lab notebooks
 ```
 
 They need no other installation. `python notebooks/run.py` runs them all and stores them anew, with this page; it needs
-`requirements-dev.txt`. The seconds below are those of two cores of a Zen 5 CPU with others at work beside it, the import
-of PyTorch included."""
+`requirements-dev.txt`. The seconds below are those that one core of a Zen 5 CPU was at work, the import of PyTorch
+included. The times that notebooks show come from there too, while others were at work beside them."""
+
+
+def processor_seconds() -> float:
+    """Of all kernels that have ended: it does not matter what else the machine did."""
+    return os.times().children_user + os.times().children_system
 
 
 def main(names: list[str]) -> None:
     for name in names or NAMES:
-        start = time.perf_counter()
+        before = processor_seconds()
         notebook = executed(read(name))
-        notebook = tidied(notebook, time.perf_counter() - start)
+        notebook = tidied(notebook, processor_seconds() - before)
         nbformat.write(notebook, FOLDER / f"{name}.ipynb")
         suffix, content = picture(notebook)
+        for old in (FOLDER / "pictures").glob(f"{name}.*"):
+            old.unlink()
         (FOLDER / "pictures" / f"{name}{suffix}").write_bytes(content)
-        print(f"{name}: {notebook.metadata['seconds']} s")
+        print(f"{name}: {notebook.metadata['seconds']} s", flush=True)
     (FOLDER / "README.md").write_text(index())
 
 
