@@ -24,6 +24,7 @@ ELSEWHERE = {
     r"\S*python sd/download.py": "tests/test_download.py",
     r"python -m sd.serve.*": "tests/service/test_serve.py",
     r"python -m sd.convert": "tests/test_convert.py",
+    r"python -m pytest .*test_scenes.py": "CI, with all that is marked full: tests/service/test_scenes.py",
     r"python train/.*": "an hour of a GPU; its parts: tests/train/test_train.py",
     r"bench/gpu.sh.*": "a GPU; its parts: tests/bench/test_bench.py",
     r"\S*python (-m )?bench[./].*": "minutes to hours, alone on a machine; their parts: tests/bench/test_bench.py",
