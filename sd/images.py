@@ -33,7 +33,11 @@ def opened(path: str | os.PathLike, formats: Sequence[str] = FORMATS) -> Iterato
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
     _check_chunks(path)
-    with Image.open(path, formats=formats) as image:
+    try:
+        image = Image.open(path, formats=formats)
+    except Image.DecompressionBombError as error:  # which is neither
+        raise ValueError(f"{path} claims too many pixels: {error}") from None
+    with image:
         yield image
 
 

@@ -17,14 +17,14 @@ from tests.test_readme import DOCUMENTS, ROOT, commands
 
 ELSEWHERE = {
     r"make( image.*)?": "makes the virtual environment that the tests run in",
-    r"make (test|test-full|bench)": "CI calls the first two; the third is bench/ladder.py: tests/bench/test_bench.py",
+    r"make (test|test-full|bench|guide).*": "CI; tests/bench/test_bench.py, tests/bench/test_guide.py",
     r"\S*python3? -m venv.*": "of Python",
     r"modal (setup|secret.*|environment.*)": "of Modal, for an account",
     r"modal (run|deploy).*": "tests/test_modal_inference.py",
     r"\S*python sd/download.py": "tests/test_download.py",
     r"python -m sd.serve.*": "tests/service/test_serve.py",
     r"python -m sd.convert": "tests/test_convert.py",
-    r"python -m pytest .*test_scenes.py": "CI, with all that is marked full: tests/service/test_scenes.py",
+    r"python -m pytest.*test_scenes.py": "tests/service/test_scenes.py",
     r"python train/.*": "an hour of a GPU; its parts: tests/train/test_train.py",
     r"bench/gpu.sh.*": "a GPU; its parts: tests/bench/test_bench.py",
     r"\S*python (-m )?bench[./].*": "minutes to hours, alone on a machine; their parts: tests/bench/test_bench.py",

@@ -445,8 +445,8 @@ def start(server, tmp_path) -> subprocess.Popen:
     heeding = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, cwd="/", stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     part = tmp_path / "file.bin.part"
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not (part.exists() and part.stat().st_size > 2**20):
+    while not (part.exists() and part.stat().st_size > 2**20):
+        assert process.poll() is None
         time.sleep(0.005)
     return process
 
@@ -468,7 +468,7 @@ def test_interrupted(server, tmp_path):
     server.answers = [slowly]
     process = start(server, tmp_path)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert left(tmp_path) == ["file.bin.part"]
@@ -486,10 +486,10 @@ def test_a_full_disk(server, small_disk):
 
 
 def test_without_a_network_it_is_told_at_once(tmp_path):
-    started = time.perf_counter()
+    pauses = []
     with pytest.raises(DownloadError, match=r"nowhere\.invalid cannot be found \(.*\): is this machine online\?"):
-        download.download(Source("http://nowhere.invalid/file.bin", SHA256), tmp_path / "file.bin")
-    assert time.perf_counter() - started < 30
+        download.download(Source("http://nowhere.invalid/file.bin", SHA256), tmp_path / "file.bin", pause=pauses.append)
+    assert pauses == []
 
 
 def test_a_link_in_the_place_of_the_part_file(server, fetch, tmp_path):

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "architecture.md"
-LOOKED_AT = ("sd", "bench", "train", "tests")
+LOOKED_AT = ("sd", "bench", "train", "notebooks", "tests")
 NO_TORCH = ("sd/pictures", "sd/service", "sd/inference.py", "sd/serve.py")
 
 

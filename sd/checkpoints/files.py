@@ -127,7 +127,7 @@ def _read_safetensors(path: Path) -> Opened:
 def _read_index(path: Path) -> Opened:
     """A checkpoint split in the Hugging Face convention: which tensor is in which of the files beside the index."""
     with damaged("not a checkpoint, nor the index of a split one"):
-        index = _small_json(path)
+        index = small_json(path)
         _check_index(index["weight_map"])
         files = {name: _beside(path, file) for name, file in index["weight_map"].items()}
     parts = {file: _read_part(file) for file in sorted(set(files.values()))}
@@ -144,12 +144,14 @@ def _check_index(weight_map: dict[str, str]) -> None:
         raise CheckpointError(f"the index lists more than {MOST_TENSORS} tensors or {MOST_FILES} files: no model does")
 
 
-def _small_json(path: Path) -> dict:
-    """The object in a file of bounded size. Raises CheckpointError, or ValueError."""
+def small_json(path: Path, largest: int = LARGEST_INDEX) -> object:
+    """What a file of at most so many bytes holds. Raises CheckpointError, OSError, ValueError or RecursionError."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path.name} is not a regular file")  # a pipe would wait for ever
     with open(path, "rb") as file:
-        data = file.read(LARGEST_INDEX + 1)
-    if len(data) > LARGEST_INDEX:
-        raise CheckpointError(f"JSON of over {LARGEST_INDEX >> 20} MB is no model's index")
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise CheckpointError(f"{path.name} is over {largest >> 20} MB, which no model's is")
     return json.loads(data)
 
 
@@ -172,7 +174,7 @@ def files_of(path: Path) -> list[Path]:
         return sorted(file for file in [*path.glob("*.json"), *path.glob("*/*")] if file.suffix in _OF_FOLDERS)
     if path.suffix != ".json":
         return [path]
-    names = _small_json(path).get("weight_map", {})
+    names = small_json(path).get("weight_map", {})
     return [path, *(path.with_name(name) for name in sorted(set(names.values())))] if names else files_of(path.parent)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from sd.checkpoints.diffusers_config import FILES, config_from, config_to
 from sd.checkpoints.diffusers_names import of_today, text_names, unet_names, vae_names
 from sd.checkpoints.errors import CheckpointError, damaged
-from sd.checkpoints.files import Opened, open_checkpoint
+from sd.checkpoints.files import Opened, open_checkpoint, small_json
 from sd.checkpoints.layouts import PREFIXES
 from sd.checkpoints.saving import save_sorted
 from sd.checkpoints.sd2 import as_convolutions
@@ -67,9 +67,7 @@ def _check_index(index: Mapping[str, Any]) -> None:
 def _json(path: Path) -> Mapping[str, Any]:
     name = f"{path.parent.name}/{path.name}" if path.name != INDEX else INDEX
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise CheckpointError(f"{name} is over a megabyte")
-        content = json.loads(path.read_bytes())
+        content = small_json(path, _LARGEST_JSON)
     except FileNotFoundError as error:
         what = f"a folder without {name}, so no model as diffusers writes it"
         raise CheckpointError(f"{what}; name the .safetensors or .ckpt file in it, or another folder") from error

@@ -4,7 +4,6 @@ original   encoder.down.0.block.0.conv1.weight, with first_stage_model. before i
 diffusers  encoder.down_blocks.0.resnets.0.conv1.weight: a file, or a folder with its config.json; a whole folder
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch import Tensor
 from sd.checkpoints.diffusers_config import scale_of
 from sd.checkpoints.diffusers_names import of_today, vae_names
 from sd.checkpoints.errors import CheckpointError, damaged, some
-from sd.checkpoints.files import Opened, open_checkpoint
+from sd.checkpoints.files import Opened, open_checkpoint, small_json
 from sd.checkpoints.folders import INDEX, weight_files
 from sd.checkpoints.layouts import PREFIXES, refuse_other_families
 from sd.checkpoints.sd2 import as_convolutions
@@ -83,7 +82,7 @@ def _usual(name: str) -> str:
 
 def _check_scale(path: Path, scale: float) -> None:
     with damaged("its config.json is damaged"):
-        said = json.loads(path.read_bytes()[: 1 << 20])
+        said = small_json(path)
         found = scale_of(said) if isinstance(said, dict) else scale
     if found != scale:
         raise CheckpointError(f"its latents are scaled by {found}, those of this model's UNet by {scale}")

@@ -26,7 +26,7 @@ def fingerprint(path: str | os.PathLike) -> str:
         for file in _files(Path(path)):
             for block in _samples(file):
                 digest.update(block)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return ""  # whatever is wrong with it, loading it says so
     return digest.hexdigest()[:12]
 
@@ -35,8 +35,6 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         found = [*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*/*")]
         return sorted({file for file in found if file.suffix in (".json", ".safetensors", ".bin")})
-    if not path.is_file():
-        raise ValueError(f"{path} is no regular file")
     if path.suffix != ".json":
         return [path]
     with path.open("rb") as file:
@@ -46,6 +44,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _samples(file: Path) -> Iterator[bytes]:
+    if not file.is_file():  # a pipe would wait for ever
+        raise ValueError(f"{file} is no regular file")
     size = file.stat().st_size
     yield str(size).encode()
     with file.open("rb") as opened:
@@ -62,13 +62,25 @@ def checkpoint_again(name: object, recorded: object, candidates: Sequence[Path])
     raise ProvenanceError(f"the picture was drawn with the checkpoint {name} ({recorded}); name it with --ckpt")
 
 
+def _triples(recorded: object, option: str) -> list[tuple[str, str, object]]:
+    """What a picture says of files: name, fingerprint and one thing more of each. Raises ProvenanceError."""
+    match recorded:
+        case None:
+            return []
+        case list() if all(
+            isinstance(one, list) and [*map(type, one[:2]), len(one)] == [str, str, 3] for one in recorded
+        ):
+            return [tuple(one) for one in recorded]
+    raise ProvenanceError(f"what the picture says of {option} is damaged; name its files with {option}")
+
+
 def loras_again(recorded: object, folder: Path) -> list[str]:
     """The LoRAs that a picture was drawn with, as --lora takes them: in the working directory or the picture's folder.
 
     Raises ProvenanceError for one that is not there.
     """
     found = []
-    for name, digest, weight in recorded if isinstance(recorded, list) else ():
+    for name, digest, weight in _triples(recorded, "--lora"):
         candidates = (Path(name), folder / Path(name).name)
         path = next((path for path in candidates if path.is_file() and fingerprint(path) == digest), None)
         if path is None:
@@ -80,7 +92,7 @@ def loras_again(recorded: object, folder: Path) -> list[str]:
 def embeddings_again(recorded: object, folder: Path) -> list[str]:
     """The same of learned words, as --embedding takes them."""
     found = []
-    for name, digest, word in recorded if isinstance(recorded, list) else ():
+    for name, digest, word in _triples(recorded, "--embedding"):
         path = next(
             (p for p in (Path(name), folder / Path(name).name) if p.is_file() and fingerprint(p) == digest), None
         )

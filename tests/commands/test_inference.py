@@ -70,7 +70,7 @@ def start(*arguments: object, cwd: Path, output: int = subprocess.PIPE) -> subpr
 
 def run(*arguments: object, cwd: Path) -> tuple[int, str, str]:
     process = start(*arguments, cwd=cwd)
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=300)
     return process.returncode, out, errors
 
 
@@ -433,7 +433,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
 
 def interrupted(process: subprocess.Popen) -> None:
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert errors.endswith("interrupted\n")

@@ -60,7 +60,7 @@ MANY = "the index lists more than"
 WEIGHTS = {
     "a header of 33 MB": (lambda: header("x", b'{"a":', 33 * MB), "its header of 33 MB is no model's"),
     "20,001 tensors": (lambda: header("x", tensors(files.MOST_TENSORS + 1)), "it lists 20001 tensors"),
-    "an index of 20 GB": (lambda: index("x", {}, 20 << 30), "JSON of over 8 MB is no model's index"),
+    "an index of 20 GB": (lambda: index("x", {}, 20 << 30), "x is over 8 MB, which no model's is"),
     "20,001 names": (
         lambda: index("x", {f"t{i}": "f.safetensors" for i in range(20_001)}),
         MANY,

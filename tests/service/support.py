@@ -37,7 +37,7 @@ class Client:
 
     def connection(self, address: str = "127.0.0.1") -> http.client.HTTPConnection:
         """From an address of this machine: all of 127.0.0.0/8 are, on Linux."""
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60, source_address=(address, 0))
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=120, source_address=(address, 0))
 
     def __call__(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, dict, bytes]:
         """(status, headers in lower case, body). A body that is not bytes is sent as JSON; headers as x_y for X-Y."""
@@ -99,7 +99,7 @@ def serving(app, limits: Limits = Limits(), grace: float = 0.0, **options: objec
         yield Client(sock.getsockname()[1], server)
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
 
 

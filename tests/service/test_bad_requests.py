@@ -24,7 +24,7 @@ from sd.service.app import create_app
 from sd.service.logs import access_line
 from sd.service.orders import Limits, read_order
 from sd.service.worker import FailedError
-from tests.generated import UPLOAD, VALUES, likely, some, tried
+from tests.generated import VALUES, likely, some, tried
 from tests.service.support import JSON, NDJSON, PNG, Client, InstantPipe, serving
 
 LIMITS = Limits(max_steps=20, max_side=1024, max_num_images=3, max_prompt=100)
@@ -33,10 +33,19 @@ LIMITS = Limits(max_steps=20, max_side=1024, max_num_images=3, max_prompt=100)
 # ---- orders
 
 
+def upload() -> str:
+    data = io.BytesIO()
+    Image.effect_noise((64, 48), 50).save(data, format="PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+UPLOAD = upload()
+
+
 @st.composite
 def requests(draw) -> dict[str, object]:
     names = draw(st.lists(st.sampled_from([*PARAMETERS, "preview", "\x1b" * 900]) | st.text(), max_size=6, unique=True))
-    found = {name: draw(VALUES if name not in PARAMETERS else likely(name) | VALUES) for name in names}
+    found = {name: draw(VALUES if name not in PARAMETERS else likely(name, UPLOAD) | VALUES) for name in names}
     return {"prompt": "x", **found} if draw(st.integers(0, 9)) else found
 
 
@@ -209,7 +218,7 @@ def server() -> Iterator[Client]:
 
 def answer_to(port: int, sent: bytes) -> bytes:
     """All that comes back until the server closes, or once the client has said its last."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+    with socket.create_connection(("127.0.0.1", port), timeout=120) as sock:
         data = b""
         try:
             sock.sendall(sent)

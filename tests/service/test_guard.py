@@ -188,7 +188,7 @@ def test_metrics_tell_of_the_queue():
     pipe = WaitingPipe()
     request = ("POST", "/generate", {"prompt": "x"})
     with serving(create_app(pipe)) as client, client.open(*request, accept=NDJSON) as one:
-        pipe.began.get(timeout=30)
+        pipe.began.get(timeout=120)
         with client.open(*request, accept=NDJSON) as two:
             found = samples(client("GET", "/metrics")[2])
             assert (found["sd_queue_waiting"], found["sd_drawing"]) == (1, 1)
@@ -229,7 +229,7 @@ def test_a_stream_that_is_left_is_a_line_and_no_traceback(caplog):
         for accept in (PNG, NDJSON):
             with client.open("POST", "/generate", {"prompt": "x"}, accept=NDJSON) as response:
                 response.readline()
-            assert pipe.left.get(timeout=30) == "x"
+            assert pipe.left.get(timeout=120) == "x"
             assert accept
     assert "Traceback" not in caplog.text
     assert len(access_lines(caplog)) == 2

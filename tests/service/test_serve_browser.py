@@ -97,7 +97,7 @@ def test_a_drawing_is_stopped(driver):
         page["draw"].click()
         page.wait(lambda: page.text("text") == "step 1 of 50")
         page["stop"].click()
-        assert pipe.left.get(timeout=30) == "x"
+        assert pipe.left.get(timeout=120) == "x"
         page.wait(lambda: page["draw"].is_displayed())
         assert not page["error"].is_displayed()
         assert driver.switch_to.active_element == page["draw"]

@@ -36,7 +36,7 @@ def test_it_is_decoded_when_its_turn_comes(monkeypatch):
     pipe = WaitingPipe()
     asked = {"prompt": "x", "init_image": in_base64(Image.new("RGB", (64, 64)))}
     with serving(create_app(pipe)) as client, client.open("POST", "/generate", asked, accept=NDJSON) as first:
-        pipe.began.get(timeout=30)
+        pipe.began.get(timeout=120)
         with client.open("POST", "/generate", asked, accept=NDJSON) as second:
             assert event(second)["event"] == "waiting"
             assert len(decoded) == 1
