@@ -3,7 +3,7 @@
 It is read as --from-png reads it, and only its head. What cannot be used on this server is told.
 """
 
-import io
+import tempfile
 from collections.abc import Iterator, Mapping
 
 from sd.pictures.formats import read_foreign, read_parameters
@@ -23,7 +23,7 @@ def recall(body: bytes, limits: Limits, facts: Mapping[str, object]) -> dict[str
     facts: what pictures of this server say of its model. Raises FailedError for what is no picture, or says nothing.
     """
     try:
-        data = io.BytesIO(decoded("file", json_object(body).get("file")))
+        data = decoded("file", json_object(body).get("file"))
     except ValueError as error:
         raise FailedError(422, str(error)) from None
     said, foreign = _said_by(data)
@@ -36,16 +36,24 @@ def recall(body: bytes, limits: Limits, facts: Mapping[str, object]) -> dict[str
     return {"parameters": found, "notes": [*notes, *_other_model(said, facts)]}
 
 
-def _said_by(data: io.BytesIO) -> tuple[dict[str, object], dict[str, str]]:
-    try:
+def _said_by(data: bytes) -> tuple[dict[str, object], dict[str, str]]:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
         try:
-            return read_parameters(data), {}
-        except ValueError:
-            return read_foreign(data)
-    except (OSError, SyntaxError):
-        raise FailedError(422, "the file is no PNG, JPEG or WebP picture") from None
-    except Exception:  # as a damaged head is
-        raise FailedError(422, "the picture does not say how it was drawn") from None
+            return _read(file.name)
+        except (OSError, SyntaxError):
+            raise FailedError(422, "the file is no PNG, JPEG or WebP picture") from None
+        except Exception:  # as a damaged head is
+            raise FailedError(422, "the picture does not say how it was drawn") from None
+
+
+def _read(path: str) -> tuple[dict[str, object], dict[str, str]]:
+    """Our parameters, and what is none by the names of AUTOMATIC1111's web UI."""
+    try:
+        return read_parameters(path), {}
+    except ValueError:
+        return read_foreign(path)
 
 
 def _usable(one: Parameter, value: object, limits: Limits) -> object:

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -64,7 +65,10 @@ def waiting(monkeypatch) -> Iterator[tuple[WaitingPipe, Client]]:
 
 
 def opened(png: bytes) -> dict[str, object]:
-    return read_parameters(io.BytesIO(png))
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(png)
+        file.flush()
+        return read_parameters(file.name)
 
 
 # ---- pictures
