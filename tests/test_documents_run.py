@@ -28,7 +28,7 @@ ELSEWHERE = {
     r"python train/.*": "an hour of a GPU; its parts: tests/train/test_train.py",
     r"bench/gpu.sh.*": "a GPU; its parts: tests/bench/test_bench.py",
     r"\S*python (-m )?bench[./].*": "minutes to hours, alone on a machine; their parts: tests/bench/test_bench.py",
-    r"python (-m )?(bench.guide|notebooks/run.py).*": "tests/test_notebook.py",
+    r"python (-m )?(bench.guide|notebooks/run.py).*": "tests/test_notebooks.py",
     r".*--opt reuse-eps=2.*": "tests/test_readme.py",
     r".*(--ckpt FP32.safetensors|--inspect FILE).*": "of a file of yours: tests/test_inspection.py",
 }
@@ -94,6 +94,9 @@ def test_it_draws(folder, document, command):
         pytest.importorskip("cv2", reason="opencv is optional")
     if "sd.convert" in command:
         assert convert.main([str(DEMO_CHECKPOINT), "out.safetensors"]) == 0
+        return
+    if "--prompt" not in command:  # it says something in place of drawing
+        assert inference.main(WORDS[document, command][2:]) == 0
         return
     before = set(folder.iterdir())
     shorter = [] if "lcm" in command else ["--steps", "2"]
