@@ -26,7 +26,7 @@ endef
 export SHORT
 INSTALL = set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 
-.PHONY: image help test test-full lint format bench clean
+.PHONY: guide image help test test-full lint format bench clean
 
 image: $(VENV)/.installed  ## draw PROMPT="a red apple" into output.png (OUT=, STEPS=, SAMPLER=, SEED=, CKPT=, ARGS=)
 	@$(BIN)/python sd/inference.py --show --prompt "$$PROMPT" --steps $(STEPS) --sampler $(SAMPLER) \
@@ -50,6 +50,9 @@ lint: $(VENV)/.installed-dev  ## ruff
 bench: $(VENV)/.installed-dev  ## the ladder of a CPU, in out/bench
 	$(BIN)/python bench/ladder.py --device cpu --size 256 --steps 2 --fidelity-steps 10 --pairs 3 \
 	    --opts winograd,cpu-linear,cpu-attention,cpu-norm,kv-cache,keep-memory,shared-halves --out out/bench
+
+guide: $(VENV)/.installed-dev  ## docs/guide out of docstrings, results and code (PICTURES=1 draws them anew first)
+	$(BIN)/python -m bench.guide $(if $(PICTURES),--pictures)
 
 format: $(VENV)/.installed-dev  ## ruff, and it mends
 	$(BIN)/ruff check --fix .

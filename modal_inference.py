@@ -166,7 +166,7 @@ def not_the_demo_model(path: Path) -> bool:
 
 def not_the_program(path: Path) -> bool:
     """Of sd/, what is not uploaded: bytecode, and weights that somebody put there."""
-    return path.suffix not in (".py", ".html", ".cpp", ".h", ".json")
+    return path.suffix not in (".py", ".html", ".css", ".js", ".cpp", ".h", ".json")
 
 
 image = (

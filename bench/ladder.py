@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import common, fidelity, gains, report, speed
+from bench import common, fidelity, gains, plots, report, speed
 from bench.compilation import Watch
 from bench.fidelity import Drawing, Fidelity
 from bench.rungs import PLAIN, RERUN, Row, Settings, parse_names, rows_of
@@ -235,13 +235,13 @@ def trained_weights(args: argparse.Namespace) -> str | None:
 
 
 def run(ladder: Ladder, rows: Sequence[Row], what: Sequence[str], name: str = "ladder") -> int:
-    """Measure, write NAME.csv and NAME.png, print. Returns the exit code."""
+    """Measure, write NAME.csv and NAME.svg, print. Returns the exit code."""
     complete = ladder.measure_speed(rows) if "speed" in what else True
     if complete and "fidelity" in what and ladder.settings.trained:
         complete = ladder.measure_fidelity([RERUN, *rows])
     results = ladder.results(rows)
     common.write_csv(ladder.out / f"{name}.csv", results)
-    report.plot_front(results, ladder.out / f"{name}.png")
+    plots.plot(results, ladder.out / f"{name}.svg")
     report.print_ladder([*results, *(r for r in ladder.results([RERUN]) if r["error_last"])])
     if not complete:
         return UNFINISHED

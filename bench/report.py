@@ -1,13 +1,10 @@
-"""The ladder as a table on the terminal and as one plot of speed against fidelity; and the tables of the documents.
+"""The ladder as a table on the terminal; and the tables and plots of the documents.
 
 python bench/report.py           # the tables in README.md and bench/README.md, from bench/results
-python bench/report.py --write   # into them, between their markers
+python bench/report.py --write   # into them, between their markers, and the plots
 """
 
 import argparse
-import importlib.util
-import logging
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,11 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import plots
 from bench.common import ROOT, print_table, read_csv
 from bench.rungs import RERUN
 from sd.writing import write_whole
-
-log = logging.getLogger(__name__)
 
 Result = Mapping[str, str]
 
@@ -61,48 +57,6 @@ def _range(median: str, low: str, high: str) -> str:
 
 def _ms(*seconds: str) -> str:
     return _range(*(str(1000 * float(s)) if s else "" for s in seconds))
-
-
-def plot_front(results: Sequence[Result], path: Path) -> None:
-    """Speed-up against the latents' final error; rows that nothing beats in both are joined."""
-    measured = [r for r in results if r["speedup"] and r["error_last"] and math.isfinite(float(r["error_last"]))]
-    if not measured:
-        return
-    if not importlib.util.find_spec("matplotlib"):
-        log.warning("no plot: pip install matplotlib")
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(10, 5.5))
-    speedups, errors = ([float(r[column]) for r in measured] for column in ("speedup", "error_last"))
-    smallest = min((error for error in errors if error > 0), default=1e-8)
-    errors = [max(error, smallest / 10) for error in errors]  # an error of 0 has no place on a logarithmic axis
-    axes.plot(*zip(*front(list(zip(speedups, errors, strict=True))), strict=True), color="tab:gray", lw=1, zorder=0)
-    for number, (x, y, row) in enumerate(zip(speedups, errors, measured, strict=True)):
-        color = "tab:blue" if row["exact"] == "1" else "tab:orange"
-        whiskers = [[x - float(row["speedup_q1"])], [float(row["speedup_q3"]) - x]]
-        axes.errorbar(x, y, xerr=whiskers, fmt="o", color=color, markersize=13, lw=1, alpha=0.9, zorder=number + 1)
-        axes.annotate(str(number), (x, y), ha="center", va="center", color="white", fontsize=8, zorder=number + 1.5)
-        axes.text(1.02, 0.97 - 0.06 * number, f"{number}  {row['row']}", transform=axes.transAxes, va="top", fontsize=9)
-    axes.set(yscale="log", xlabel="speed-up of a picture over the plain pipeline: median and quartiles of the pairs")
-    axes.set_ylabel("relative error of the final latents against plain fp32")
-    axes.set_title(f"{results[0]['device']}, {results[0]['dtype']}: blue exact, orange approximate", fontsize=10)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-
-
-def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those (speed, error) that no other beats in both, from slow to fast."""
-    best, kept = math.inf, []
-    for speed, error in sorted(points, key=lambda point: (-point[0], point[1])):
-        if error < best:
-            kept.append((speed, error))
-            best = error
-    return kept[::-1]
 
 
 # ---- the tables of the documents, from bench/results
@@ -290,6 +244,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, table in tables.items():
             text = between_markers(name).sub(lambda found, table=table: found[1] + table + found[2], text)
         write_whole(path, text.encode())
+    for name, drawing in plots.of_documents(RESULTS).items():
+        write_whole(RESULTS / name, str(drawing).encode())
     return 0
 
 

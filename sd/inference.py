@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST_LINE = 2000  # of an error: what it quotes may be a file's, or megabytes
 RANDOM_SEED = -1  # what other programs call no seed
 
 
@@ -316,7 +317,8 @@ def exit_code(action: Callable[[], None]) -> int:
 
 def fail(message: str) -> int:
     """One line, without the terminal codes that names and files may hold."""
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    line = one_line(message)
+    print(f"error: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + '...'}", file=sys.stderr)
     return 2
 
 

@@ -26,6 +26,7 @@ from sd.pictures.parameters import OneLineParser, UserError
 from sd.printable import Printable
 from sd.service.access import auth_from_env, is_address, is_loopback
 from sd.service.logs import AtMost
+from sd.service.offers import Offers
 from sd.service.orders import Limits, limits_from_env
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Hosting:
     """Where and how it is served. trusted_proxy: addresses whose X-Forwarded-For names the client. grace: seconds in
-    which a drawing is finished after SIGTERM. log_prompts: the log may hold what clients write.
+    which a drawing is finished after SIGTERM. log_prompts: the log may hold what clients write. opt_choices:
+    optimizations that a request may ask for beside --opt, with commas between.
     """
 
     host: str = "127.0.0.1"
@@ -44,6 +46,7 @@ class Hosting:
     trusted_proxy: Sequence[str] | None = None
     grace: float = 30.0
     log_prompts: bool = False
+    opt_choices: str | None = None
 
 
 # ---- arguments
@@ -57,7 +60,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Hosting, Limits, Mod
     )
     _add_hosting(parser.add_argument_group("where and how").add_argument)
     add_model_options(parser.add_argument_group("the model").add_argument)
-    add_speed_options(parser.add_argument_group("speed").add_argument)
+    _add_speed(parser.add_argument_group("speed").add_argument)
     _add_limits(parser.add_argument_group("the most that is taken ($SD_MAX_STEPS and so on)").add_argument)
     args = parser.parse_args(argv)
     return inference.options(Hosting, args), inference.options(Limits, args), inference.options(ModelChoice, args)
@@ -80,6 +83,15 @@ def _add_hosting(add: Callable[..., object]) -> None:
         help="after SIGTERM, to finish what is drawn (%(default)g)",
     )
     add("--log-prompts", action="store_true", help="write prompts into the log")
+
+
+def _add_speed(add: Callable[..., object]) -> None:
+    add_speed_options(add)
+    add(
+        "--opt-choices",
+        metavar="NAMES",
+        help="optimizations that a request may add to these, as deepcache=3,tgate=5: the page compares both",
+    )
 
 
 def _add_limits(add: Callable[..., object]) -> None:
@@ -122,8 +134,14 @@ def run(hosting: Hosting, limits: Limits, model: ModelChoice) -> None:
     _start_log()
     auth, host = auth_from_env(os.environ), hosting.host
     check(hosting)
+    model.check_files()
+    choices = tuple(filter(None, (name.strip() for name in (hosting.opt_choices or "").split(","))))
     if not auth and not is_loopback(host):
         raise UserError(f"--host {host} is open to others: it needs SD_AUTH=basic, SD_USER and SD_PASSWORD")
+    if choices:
+        from sd import optimizations
+
+        optimizations.check(choices)
     with bind(host, hosting.port) as sock:
         from sd.checkpoints.shrinking import on_bus_error
         from sd.service import app, server  # here: a package that is missing is told before the weights are read
@@ -135,7 +153,7 @@ def run(hosting: Hosting, limits: Limits, model: ModelChoice) -> None:
         facts = model.facts(pipe, checkpoint)
         # A page elsewhere can point its own name at 127.0.0.1 and so read the answers: the Host header tells.
         hosts = None if auth else {"localhost", "127.0.0.1", "::1", host.lower()}
-        made = app.create_app(pipe, limits, auth, facts, hosts, hosting.log_prompts)
+        made = app.create_app(pipe, limits, auth, facts, hosts, hosting.log_prompts, Offers(model.lora_dir, choices))
         sock.listen()
         print(f"{facts['model']} on {facts['device']}: {url(sock)}", flush=True)
         serving = server.Server(made, limits, hosting.grace, hosting.trusted_proxy or ())

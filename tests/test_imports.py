@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "architecture.md"
-LOOKED_AT = ("sd", "bench", "train", "tests")
+LOOKED_AT = ("sd", "bench", "train", "notebooks", "tests")
 NO_TORCH = ("sd/pictures", "sd/service", "sd/inference.py", "sd/serve.py")
 
 
@@ -196,7 +196,7 @@ def test_every_path_of_the_table_is_there(rules):
 
 def test_every_file_has_its_line():
     """Those of sd/, in the document's tables, once; a new optimization is found by `--list-opts`, and may lack one."""
-    kinds = ("*.py", "*.cpp", "*.h", "*.json", "*.html")
+    kinds = ("*.py", "*.cpp", "*.h", "*.json", "*.html", "*.css", "*.js")
     files = {str(path.relative_to(ROOT)) for kind in kinds for path in (ROOT / "sd").rglob(kind)}
     rooms = DOCUMENT.read_text().split("## The rooms")[1].split("### Beside")[0]
     listed = re.findall(r"^\| `(sd/[^`]+)` \| \S", rooms, re.MULTILINE)

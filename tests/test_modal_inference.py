@@ -81,7 +81,11 @@ def check_uploads(plane) -> None:
     program = {path for path in under_root - data if path.startswith("/root/sd/")}
     assert {"/root/sd/pipeline.py", "/root/sd/optimizations/quantize_filter.json"} <= program
     assert {"/root/sd/kernels/cpp/linear.cpp", "/root/sd/kernels/cpp/simd.h"} <= program
-    assert {"/root/sd/pictures/parameters.py", "/root/sd/service/page.html"} <= program
+    assert {
+        "/root/sd/pictures/parameters.py",
+        "/root/sd/service/page/page.html",
+        "/root/sd/service/page/main.js",
+    } <= program
     assert all(path.endswith((".py", ".html", ".cpp", ".h", ".json")) for path in program)
     assert under_root - data - program == {"/root/modal_inference.py", "/root/modal_infer.sh"}
     assert found["/root/modal_infer.sh"][1] & 0o111

@@ -23,7 +23,12 @@ from sd.pictures.png import read_parameters
 from sd.pipeline import DEMO_CHECKPOINT
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "bench/README.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")))
+DOCUMENTS = (
+    "README.md",
+    "bench/README.md",
+    "docs/guide/README.md",
+    *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")),
+)
 
 pytestmark = pytest.mark.skipif(not DEMO_CHECKPOINT.exists(), reason="the demo model is not here")
 
@@ -146,6 +151,28 @@ def test_links_lead_somewhere(document):
     links = re.findall(r"\]\(([^)\s]+)\)", text(document))
     local = [link.partition("#")[0] for link in links if not link.startswith(("http", "#"))]
     assert [link for link in local if not (ROOT / document).parent.joinpath(link).exists()] == []
+
+
+def anchors(document: Path) -> set[str]:
+    """What GitHub makes of the headings: lower case, words joined by hyphens, other signs left out."""
+    headings = re.findall(r"^#+ +(.*?) *$", re.sub(r"(?ms)^```.*?^```$", "", document.read_text()), re.MULTILINE)
+    plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_anchors_are_headings(document):
+    for link in re.findall(r"\]\(([^)\s]*#[^)\s]+)\)", text(document)):
+        file, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / file if file else ROOT / document
+        if not link.startswith("http") and target.suffix == ".md":
+            assert anchor in anchors(target), link
+
+
+def test_the_readme_leads_to_every_document():
+    linked = set(re.findall(r"\]\(([^)#\s]+)", text("README.md")))
+    documents = {str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")}
+    assert documents | {"docs/guide/README.md", "notebooks", "bench/README.md"} <= linked
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -59,7 +59,7 @@ class TextKeys:
 def kv_cache(patch: Patch) -> None:
     """Cross-attention's keys and values once a prompt in place of once a step: the text does not change. Exact.
 
-    Helps: 32 small products a step. Hurts: nothing known; 2 MB a prompt.
+    Helps: 32 small products a step. Hurts: nothing known; 8 MB a prompt in fp16.
     """
     blocks = [module for module in patch.unet.modules() if isinstance(module, BasicTransformerBlock)]
     attentions = [block.attn2 for block in blocks if type(block.attn2) is CrossAttention]

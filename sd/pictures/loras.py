@@ -50,9 +50,13 @@ def file_of(name: str, folder: Path | None) -> Path:
         raise UserError(f"{shown(name)} is no name of a LoRA")
     path = next((folder / f"{name}{ending}" for ending in ENDINGS if (folder / f"{name}{ending}").is_file()), None)
     if path is None:
-        there = sorted(path.stem for path in folder.glob("*") if path.suffix in ENDINGS)[:20]
-        raise UserError(f"there is no LoRA {name} in {folder}{there_are(name, there)}")
+        raise UserError(f"there is no LoRA {name} in {folder}{there_are(name, there(folder)[:20])}")
     return path
+
+
+def there(folder: Path) -> list[str]:
+    """The names of a folder's LoRAs."""
+    return sorted({path.stem for path in folder.glob("*") if path.suffix in ENDINGS})
 
 
 class PromptLoras:

@@ -1,9 +1,10 @@
 """The HTTP service: a FastAPI app over one loaded pipeline.
 
     POST /generate    JSON in; a PNG, JSON, or a stream of progress and pictures out, as the Accept header says
+    POST /parameters  a picture in; how it was drawn out
     GET  /healthz     the model, the limits and the queue
     GET  /metrics     what was done, for Prometheus
-    GET  /            a page to try it, page.html
+    GET  /            a page to use it, out of the files of page/
 
 Progress comes in the answer itself, a line of JSON an event: a second request to ask for it could reach another
 container behind a proxy, and a client that leaves takes its place in the queue with it.
@@ -11,13 +12,11 @@ container behind a proxy, and a client that leaves takes its place in the queue 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -27,11 +26,13 @@ from sd.pictures.model import facts_of
 from sd.service.access import BasicAuth, Lockout, client_of, content_security_policy
 from sd.service.answers import SMALL_BODY, Body, Uploads, answer, refusal
 from sd.service.drawing import Drawer
-from sd.service.form import page_with_form
+from sd.service.form import assembled, page_with_form
 from sd.service.guard import Gate, Guard
 from sd.service.logs import fault
 from sd.service.metrics import CONTENT_TYPE_LATEST, Metrics
-from sd.service.orders import Limits, Order, read_order
+from sd.service.offers import Offers
+from sd.service.orders import Limits, read_order
+from sd.service.recall import recall
 from sd.service.worker import ENDING, FailedError, Worker
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PAGE = Path(__file__).with_name("page.html")
+Answer = TypeVar("Answer")
 
 FLUSHED = 1.0
 """Seconds that a stopped drawing has, at the end, to tell its client."""
@@ -52,6 +53,7 @@ def create_app(
     facts: Mapping[str, object] | None = None,
     hosts: Collection[str] | None = None,
     log_prompts: bool = False,
+    offers: Offers = Offers(),  # noqa: B008 (frozen)
 ) -> FastAPI:
     """The service over `pipe`, which it uses from a single thread. `app.state.service` is the Service.
 
@@ -59,8 +61,9 @@ def create_app(
     facts: what each PNG says of model and machine (`ModelChoice.facts`); None is what the pipeline itself tells.
     hosts: the names that the Host header may have; None: any.
     log_prompts: the log may hold what clients write.
+    offers: LoRAs and optimizations that requests may name. Raises OptimizationError for what cannot run here.
     """
-    service = Service(pipe, limits, facts_of(pipe) if facts is None else facts, log_prompts)
+    service = Service(pipe, limits, facts_of(pipe) if facts is None else facts, log_prompts, offers)
     app = FastAPI(openapi_url=None, lifespan=service.lifespan)  # no schema, so no /docs, which load foreign scripts
     app.state.service = service
     for path, (method, answers) in service.routes.items():
@@ -83,19 +86,29 @@ def create_app(
 class Service:
     """The routes, with what they share."""
 
-    def __init__(self, pipe: "StableDiffusion", limits: Limits, facts: Mapping[str, object], log_prompts: bool = False):
+    def __init__(
+        self,
+        pipe: "StableDiffusion",
+        limits: Limits,
+        facts: Mapping[str, object],
+        log_prompts: bool = False,
+        offers: Offers = Offers(),  # noqa: B008 (frozen)
+    ):
         self.pipe = pipe
         self.limits = limits
         self.facts = facts
         self.log_prompts = log_prompts
+        self.offers = offers
         self.lost = ""
         self.worker = Worker(limits.max_queue, self.told)
         gpu = pipe.device if pipe.device.type == "cuda" else None
         self.metrics = Metrics(lambda: self.worker.waiting, lambda: self.worker.running, gpu)
-        self.drawer = Drawer(pipe, facts, self.metrics, self.lose)
-        self.html = page_with_form(PAGE.read_text(encoding="utf-8"), limits, pipe.config)
+        self.drawer = Drawer(pipe, facts, self.metrics, offers, self.lose)
+        self.drawer.switcher.try_all(offers.opts)
+        self.html = page_with_form(assembled(), limits, pipe.config, offers)
         self.routes = {
             "/generate": ("POST", self.generate),
+            "/parameters": ("POST", self.parameters),
             "/healthz": ("GET", self.healthz),
             "/metrics": ("GET", self.text_of_metrics),
             "/": ("GET", self.page),
@@ -132,25 +145,32 @@ class Service:
         """POST /generate."""
         client = client_of(request.client.host) if request.client else ""
         self._check_room(client)  # before a body is read
-        order = await self._order(request, client)
+        order = await self._read(
+            request, client, lambda body: read_order(body, self.limits, self.pipe.config, self.offers)
+        )
         self._check_room(client)
         if self.log_prompts:
             log.info("%s: %r", client, order.jobs[0].prompt)
         task = self.worker.submit(self.drawer.work_for(order), client, order.size)
         return await answer(task, request, len(order.jobs))
 
-    async def _order(self, request: Request, client: str) -> Order:
+    async def parameters(self, request: Request) -> JSONResponse:
+        """POST /parameters."""
+        client = client_of(request.client.host) if request.client else ""
+        return JSONResponse(await self._read(request, client, lambda body: recall(body, self.limits, self.facts)))
+
+    async def _read(self, request: Request, client: str, reading: Callable[[bytes], Answer]) -> Answer:
+        """What `reading` makes of the body. Large ones take turns."""
         body = Body(request, self.limits.max_body)
         if await body.read(SMALL_BODY):
-            return await self._read(body)
+            return await self._in_turn(body, reading)
         async with self._uploads.place(client):
             await body.read(self.limits.max_body)
-            return await self._read(body)
+            return await self._in_turn(body, reading)
 
-    async def _read(self, body: Body) -> Order:
+    async def _in_turn(self, body: Body, reading: Callable[[bytes], Answer]) -> Answer:
         """One at a time: what is read can be much larger than its JSON, for the moment."""
-        reading = partial(read_order, bytes(body.data), self.limits, self.pipe.config)
-        return await asyncio.get_running_loop().run_in_executor(self._reader, reading)
+        return await asyncio.get_running_loop().run_in_executor(self._reader, reading, bytes(body.data))
 
     def _check_room(self, client: str) -> None:
         if self.worker.room_for(client):

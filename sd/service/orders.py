@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sd.config import Config
-from sd.pictures.loras import refuse
 from sd.pictures.parameters import PARAMETERS, Number, UserError, Whole, checked, shown
 from sd.pictures.plan import Job, plan
 from sd.pictures.prompts_file import Entry
+from sd.service.offers import Offers
 from sd.service.uploads import Upload, read_upload
 from sd.service.worker import FailedError
 
@@ -61,38 +61,41 @@ def limits_from_env(environ: Mapping[str, str]) -> Limits:
 class Order:
     """The pictures of one request. uploads: those that it brings along; origin: what PNGs say of them.
 
-    preview: every so many steps, the client sees it as it forms. size: how much work it is: steps times pixels.
+    opt: optimizations beside those that always run. preview: every so many steps, the client sees it as it forms.
+    size: how much work it is: steps times pixels.
     """
 
     jobs: Sequence[Job]
     uploads: Sequence[Upload] = ()
     origin: Mapping[str, object] = field(default_factory=dict)
+    opt: Sequence[str] = ()
     preview: int | None = None
     size: float = 1.0
 
 
-def read_order(body: bytes, limits: Limits, config: Config) -> Order:
+def read_order(body: bytes, limits: Limits, config: Config, offers: Offers = Offers()) -> Order:  # noqa: B008 (frozen)
     """A JSON object of parameters, in bytes -> what to draw. Raises FailedError, 400 or 422, with one line."""
-    values = _json_object(body)
+    values = json_object(body)
     uploads = {one.name: values.pop(one.name, None) for one in PARAMETERS.values() if one.file}
     uploads = {name: upload for name, upload in uploads.items() if upload is not None}
-    preview = values.pop("preview", None)
+    preview, opt = values.pop("preview", None), values.pop("opt", None)
     try:
+        opt = () if opt is None else offers.chosen(opt)
         preview = None if preview is None else Whole(1, 1000)("preview", preview)
         given = _checked(values, limits)
         _check_size(given, limits, config)
         jobs = _plan(given | dict.fromkeys(uploads, "upload"), limits)
-        refuse(jobs)
+        offers.check_loras(jobs)
         read = [read_upload(name, upload) for name, upload in uploads.items()]
         if "outpaint" in given and not {"height", "width"} & set(given):
             _check_growth(next(one for one in read if one.name == "init_image"), given["outpaint"], limits)
         origin = {key: value for one in read for key, value in one.said().items()}
-        return Order(jobs, read, origin, preview, _size(jobs, config))
+        return Order(jobs, read, origin, opt, preview, _size(jobs, config))
     except (ValueError, UserError) as error:
         raise FailedError(422, str(error)) from None
 
 
-def _json_object(body: bytes) -> dict[str, object]:
+def json_object(body: bytes) -> dict[str, object]:
     try:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -106,14 +109,14 @@ def _checked(values: Mapping[str, object], limits: Limits) -> dict[str, object]:
     if named := [name for name in values if name in PARAMETERS and PARAMETERS[name].local]:
         raise ValueError(f"{named[0]} names files of this machine, and cannot be given here")
     for name, value in values.items():
-        _check_limit(name, value, limits)
+        check_limit(name, value, limits)
     given = checked("", values)
     if "prompt" not in given:
         raise ValueError("prompt is missing")
     return given
 
 
-def _check_limit(name: str, value: object, limits: Limits) -> None:
+def check_limit(name: str, value: object, limits: Limits) -> None:
     """Before the parameter's own check, whose limits are those of the command line: that of this server is told."""
     most = limits.of(name) if name in PARAMETERS else None
     if most is None or isinstance(value, bool):

@@ -61,13 +61,18 @@ class Upload:
 
 def read_upload(name: str, upload: object) -> Upload:
     """A picture file in base64, or a data: URL, whose pixels are not looked at. Raises ValueError."""
+    data = decoded(name, upload)
+    return Upload(name, data, _checked_size(name, data))
+
+
+def decoded(name: str, upload: object) -> bytes:
+    """The bytes of a file in base64, or of a data: URL. Raises ValueError."""
     if not isinstance(upload, str):
         raise ValueError(f"{name} must be a picture file in base64")
     try:
-        data = base64.b64decode(upload.rpartition("base64,")[2], validate=True)
+        return base64.b64decode(upload.rpartition("base64,")[2], validate=True)
     except ValueError:
         raise ValueError(f"{name} is not base64") from None
-    return Upload(name, data, _checked_size(name, data))
 
 
 def _checked_size(name: str, data: bytes) -> tuple[int, int]:

@@ -118,8 +118,8 @@ def test_the_texts():
     assert found["winograd"] == ["2.05x AVX2"]
     assert found["cpu-linear"] == ["1.07x AVX2"]  # 2.05 to 2.20 times as fast as the plain model
     assert found["int8-static"] == ["1.07x AVX2, 32 dB"]
-    assert found["cuda-graph"] == ["2.32x H100 with async-noise"]  # 1.55 s to 0.670 s
-    assert found["tgate"] == ["5: 1.24x AVX-512, 18 dB"]
+    assert found["cuda-graph"][0] == "2.32x H100 with async-noise"  # 1.55 s to 0.670 s
+    assert "5: 1.24x AVX-512, 18 dB" in found["tgate"]
     assert found.keys() == gains.read().keys()
 
 

@@ -37,7 +37,7 @@ def draw(*arguments: object) -> int:
 
 def process(*arguments: object, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, str(PROGRAM), *map(str, arguments), *LINE]
-    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, **options)
+    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, **options)
 
 
 def picture(name: str, side: int = 16) -> str:
@@ -239,7 +239,7 @@ def test_a_million_pictures_begin_at_once(folder):
     given = {"num_images": 10**6, "seed": 5, "init_image": picture("a.png")}
     pictures = pictures_of(Run(prompt=["x"], parameters=given, out="out/{index:07}.png"))
     window = next(pictures.windows())
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 5  # of this process: a guard, on a loaded machine too
     assert len(pictures) == 10**6
     assert [str(file) for _, file in window[:2]] == ["out/0000001.png", "out/0000002.png"]
     assert pictures.jobs[-1].seed == 10**6 + 4
@@ -287,7 +287,7 @@ def test_what_cannot_be_printed_costs_no_picture(folder, redirected):
     Path("naïve").mkdir()
     line = f'"{sys.executable}" "{PROGRAM}" --prompt x --num-images 2 {" ".join(LINE)} --out naïve/é.png {redirected}'
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], env=environment, timeout=300)
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], env=environment, timeout=120)
     assert sorted(path.name for path in Path("naïve").iterdir()) == ["é-1.png", "é-2.png"]
     assert done.returncode == 0
 
@@ -312,7 +312,7 @@ def test_what_has_no_end_is_told_at_once(folder, capfd):
 
 def test_prompts_from_a_fifo(folder):
     script = f'"{sys.executable}" "{PROGRAM}" --prompts-file <(printf "a\\nb\\n") --out {{prompt}}.png {" ".join(LINE)}'
-    subprocess.run(["bash", "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+    subprocess.run(["bash", "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120)
     assert sorted(path.name for path in folder.iterdir()) == ["a.png", "b.png"]
 
 

@@ -17,8 +17,7 @@ from sd.pictures.png import read_parameters, save_png
 from sd.pictures.prompts_file import read_prompts
 from sd.pictures.run import pictures_of, recalled
 from sd.request import check_ranges, finite
-from sd.service.app import PAGE
-from sd.service.form import page_with_form
+from sd.service.form import assembled, page_with_form
 from sd.service.orders import Limits, read_order
 from sd.service.worker import FailedError
 
@@ -203,14 +202,13 @@ class Form(HTMLParser):
 
 
 def form(limits: Limits = Limits()) -> dict[str, dict]:  # noqa: B008 (frozen)
-    return Form(page_with_form(PAGE.read_text(), limits, SD15)).fields
+    return Form(page_with_form(assembled(), limits, SD15)).fields
 
 
 def test_the_page_asks_for_what_the_command_line_takes():
     fields = form()
-    of_files = {"init_image", "strength", "mask", "mask_blur", "mask_invert", "mask_padding", "outpaint"}
-    of_files |= {"control", "control_preprocess"}
-    assert set(fields) == set(PARAMETERS) - of_files
+    files = {"init_image", "mask", "control", "control_preprocess"}
+    assert set(fields) == set(PARAMETERS) - files | {"opt"}
     options, _ = inference.parse_arguments(["--prompt", "x"])
     [(job, _)] = pictures_of(options)
     for name in ("steps", "cfg_scale", "sampler"):

@@ -1,0 +1,1 @@
+"""docs/guide/, from docstrings, results and code: `python -m bench.guide`. What a person wrote is in chapters/."""

@@ -1,0 +1,100 @@
+"""What was measured, by machine: from bench/results, and from gains.json what is in no result that is kept here."""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import common, gains
+from bench.gains import RESULTS, Entry
+from bench.roofline import Ceilings
+
+MACHINES = {
+    "H100": ("h100",),
+    "H200": ("h200",),
+    "CPU, AVX2": ("cpu2",),
+    "CPU, AVX-512": ("cpu3", "cpu4"),
+    "CPU, AMX": (),
+}
+"""The folders of bench/results that hold each machine's measurements."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measurement of an optimization: on which machine, and the entry as bench/gains.py makes it."""
+
+    machine: str
+    entry: Entry
+
+    @property
+    def ratio(self) -> float:
+        """Times as fast as without it."""
+        before, after = self.entry["before"], self.entry["after"]
+        if self.entry["unit"] == "s":
+            return float(before) / float(after)
+        return float(after) / float(before or 1)
+
+
+@functools.cache
+def _kept() -> tuple[Measured, ...]:
+    found = []
+    for machine, folders in MACHINES.items():
+        for folder in folders:
+            paths = sorted((RESULTS / folder).rglob("speed.csv"))
+            entries = [entry for path in paths for entry in gains.of_ladder(path)]
+            probes = sorted((RESULTS / folder).rglob("probe.json"))
+            entries += [entry for path in probes for entry in gains.of_probe(path)]
+            found += [Measured(machine, entry) for entry in entries]
+    return tuple(found)
+
+
+def measured(name: str, file: Path = gains.FILE) -> list[Measured]:
+    """All measurements of an optimization, machine by machine."""
+    told = gains.read(file).get(name, [])
+    kept = [one for one in _kept() if _family(one) == name and _counts(one, told)]
+    known = [one.entry for one in kept]
+    return [*kept, *(Measured(str(e["device"]), e) for e in told if e not in known)]
+
+
+def _family(one: Measured) -> str:
+    return str(one.entry["item"]).partition("=")[0]
+
+
+def _counts(one: Measured, told: Sequence[Entry]) -> bool:
+    """Whether gains.json says it too, or has something else of another machine in its place: two CPUs can be of one
+    name. What a later day on the same machine has replaced does not count."""
+    mine = [e for e in told if _place(e) == _place(one.entry)]
+    return not mine or one.entry in mine or one.machine not in {_machine_of(e) for e in mine}
+
+
+def _place(entry: Entry) -> tuple:
+    return entry["item"], entry["what"], entry["device"], entry["beside"]
+
+
+def _machine_of(entry: Entry) -> str:
+    return next((one.machine for one in _kept() if one.entry == entry), "")
+
+
+@functools.cache
+def ceilings() -> dict[str, Ceilings]:
+    """The rates of a large matrix product and of a large copy, where both were measured: fp16 on the H100, fp32 on the
+    CPU."""
+    probe = json.loads((RESULTS / "h100" / "probe_2026_11_26" / "probe.json").read_text())["ceilings"][0]
+    cpu = roofline()[0]
+    return {
+        "H100": Ceilings(probe["tflops"] * 1e12, probe["gb_s"] * 1e9),
+        "CPU, AVX2": Ceilings(float(cpu["ceiling_tflops"]) * 1e12, float(cpu["ceiling_gbytes"]) * 1e9),
+    }
+
+
+@functools.cache
+def roofline() -> list[dict[str, str]]:
+    """A guided step at 512x512 on a CPU with AVX2, plain, by kind and grid."""
+    return common.read_csv(RESULTS / "cpu2" / "roofline" / "roofline-unet-512-b1.csv")
+
+
+def fidelity(opts: str, folder: str) -> dict[str, str]:
+    """The last line of a folder's fidelity.csv for a row."""
+    lines = [line for line in common.read_csv(RESULTS / folder / "fidelity.csv") if line["opts"] == opts]
+    return lines[-1] if lines else {}
