@@ -5,7 +5,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,14 +25,20 @@ _PIXELS = (b"IDAT", b"fdAT", b"fcTL")
 
 
 @contextmanager
-def opened(path: str | os.PathLike, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
-    """The picture in a file, not decoded yet. Raises OSError, ValueError or what its decoder stumbles over.
+def opened(path: str | os.PathLike | BinaryIO, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
+    """The picture in a file, by its name or open, not decoded yet. Raises OSError, ValueError or what its decoder
+    stumbles over.
 
     Pipes and devices are refused, which may have no end, and a PNG whose texts would fill the memory.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
-    _check_chunks(path)
+    if hasattr(path, "read"):
+        _check_chunks(path)
+        path.seek(0)
+    else:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+        with open(path, "rb") as file:
+            _check_chunks(file)
     try:
         image = Image.open(path, formats=formats)
     except Image.DecompressionBombError as error:  # which is neither
@@ -41,23 +47,23 @@ def opened(path: str | os.PathLike, formats: Sequence[str] = FORMATS) -> Iterato
         yield image
 
 
-def _check_chunks(path: str | os.PathLike) -> None:
+def _check_chunks(file: BinaryIO) -> None:
     """By the lengths alone that a PNG's chunks begin with. Raises ValueError."""
     count = pixels = size = 0
-    with open(path, "rb") as file:
-        if file.read(8) != b"\x89PNG\r\n\x1a\n":
-            return
-        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
-            length, kind = int.from_bytes(head[:4], "big"), head[4:]
-            if kind in _PIXELS:
-                pixels += 1
-            else:
-                count, size = count + 1, size + length
-            if length > LARGEST_CHUNK and kind not in _PIXELS:
-                raise ValueError(f"{path} has a chunk of {length >> 20} MB beside its pixels")
-            if count > MOST_CHUNKS or size > LARGEST_CHUNKS or pixels > MOST_CHUNKS_OF_DATA:
-                raise ValueError(f"{path} has over {count + pixels - 1} chunks, with {size >> 20} MB beside its pixels")
-            file.seek(length + 4, os.SEEK_CUR)
+    if file.read(8) != b"\x89PNG\r\n\x1a\n":
+        return
+    name = getattr(file, "name", "the picture")
+    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind in _PIXELS:
+            pixels += 1
+        else:
+            count, size = count + 1, size + length
+        if length > LARGEST_CHUNK and kind not in _PIXELS:
+            raise ValueError(f"{name} has a chunk of {length >> 20} MB beside its pixels")
+        if count > MOST_CHUNKS or size > LARGEST_CHUNKS or pixels > MOST_CHUNKS_OF_DATA:
+            raise ValueError(f"{name} has over {count + pixels - 1} chunks, with {size >> 20} MB beside its pixels")
+        file.seek(length + 4, os.SEEK_CUR)
 
 
 def to_pil(images: "Tensor") -> list[Image.Image]:

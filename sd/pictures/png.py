@@ -4,6 +4,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
+from typing import BinaryIO
 
 from PIL import Image, PngImagePlugin
 
@@ -34,7 +35,7 @@ def to_png(image: Image.Image, parameters: Mapping[str, object]) -> bytes:
     return data.getvalue()
 
 
-def read_parameters(path: str | os.PathLike) -> dict[str, object]:
+def read_parameters(path: str | os.PathLike | BinaryIO) -> dict[str, object]:
     """The parameters that `save_png` wrote into a PNG. Raises OSError if it is no PNG, ValueError without any.
 
     Only the head of the file is read: the pixels are not decoded.
