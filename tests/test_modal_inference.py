@@ -86,7 +86,7 @@ def check_uploads(plane) -> None:
         "/root/sd/service/page/page.html",
         "/root/sd/service/page/main.js",
     } <= program
-    assert all(path.endswith((".py", ".html", ".cpp", ".h", ".json")) for path in program)
+    assert all(path.endswith((".py", ".html", ".css", ".js", ".cpp", ".h", ".json")) for path in program)
     assert under_root - data - program == {"/root/modal_inference.py", "/root/modal_infer.sh"}
     assert found["/root/modal_infer.sh"][1] & 0o111
 
