@@ -119,9 +119,8 @@ def _lora_kind(own: Mapping[str, Tensor]) -> str:
 
 def _lora_width(grouped: Mapping[str, dict[str, Tensor]]) -> str | None:
     """By the width of the text that a UNet's layers attend to."""
-    inner = (
-        own["down"].shape[1] for name, own in grouped.items() if re.search(r"attn2.to_[kv]$", name) and "down" in own
-    )
+    downs = (own.get("down") for name, own in grouped.items() if re.search(r"attn2.to_[kv]$", name))
+    inner = (down.shape[1] for down in downs if down is not None and down.ndim > 1)
     return next((BY_TEXT_WIDTH[width] for width in inner if width in BY_TEXT_WIDTH), None)
 
 
@@ -134,7 +133,8 @@ def _control(opened: Opened, path: str) -> Lines | None:
 
 def _of_control(opened: Opened, path: str) -> Lines:
     layout = "diffusers'" if any(name.startswith("controlnet_") for name in opened.tensors) else "the original"
-    text = next((t.shape[1] for name, t in opened.tensors.items() if name.endswith("attn2.to_k.weight")), 768)
+    keys = (t for name, t in opened.tensors.items() if name.endswith("attn2.to_k.weight"))
+    text = next((t.shape[1] for t in keys if t.ndim > 1), 768)
     family = BY_TEXT_WIDTH.get(text, OURS[0])
     yield "kind", f"a ControlNet for {family}, {layout} layout"
     if "difference" in opened.tensors:

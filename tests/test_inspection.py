@@ -160,3 +160,12 @@ def test_nothing_runs_and_errors_are_one_line(tmp_path, capfd):
     assert len(errors.splitlines()) == 5
     assert inference.main(["--inspect", str(tmp_path / "codes.safetensors")]) == 0
     assert "\x1b" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "ControlNet"])
+def test_numbers_in_the_place_of_matrices(tmp_path, kind):
+    """The width of the text is told by what has one."""
+    names = {"LoRA": "lora_unet_x_attn2_to_k.lora_down.weight", "ControlNet": "control_model.x.attn2.to_k.weight"}
+    tensors = {names[kind]: torch.tensor(1.0), "control_model.input_hint_block.0.weight": torch.ones(1)}
+    save_file(tensors if kind == "ControlNet" else {names[kind]: torch.tensor(1.0)}, tmp_path / "a.safetensors")
+    assert kind in inspect(tmp_path / "a.safetensors")

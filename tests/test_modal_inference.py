@@ -201,7 +201,7 @@ def one_line_error(result, words: str) -> None:
     [
         ([], "--prompt TEXT or --prompts-file FILE"),
         (["--prompt", "x"], "modal run modal_volume.py"),
-        (["--prompt", "x", "--gpu", "A11"], "no GPU 'A11'; there are T4"),
+        (["--prompt", "x", "--gpu", "A11"], "no GPU 'A11'; is it 'A10'? there are T4"),
         (["--prompt", "x", "--steps", 1001], "steps must be from 1 to 1000, not 1001"),
         (["--prompts-file", "missing.jsonl"], "missing.jsonl cannot be read"),
     ],
