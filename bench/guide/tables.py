@@ -35,8 +35,14 @@ def optimizations(drawn: Mapping[str, dict]) -> str:
 def gains(found: list[facts.Measured]) -> str:
     """`0.93x (H200) to 1.02x (CPU, AVX-512)`"""
     ordered = sorted(found, key=lambda m: m.ratio)
-    ends = list(dict.fromkeys(f"{m.ratio:.2f}x ({m.machine})" for m in (*ordered[:1], *ordered[-1:])))
+    ends = list(dict.fromkeys(f"{m.ratio:.2f}x ({_where(m)})" for m in (*ordered[:1], *ordered[-1:])))
     return " to ".join(ends) or "not measured yet"
+
+
+def _where(one: facts.Measured) -> str:
+    """The machine, and what was switched on in the same row: the gain is of all of them."""
+    joined = str(one.entry["joined"]).replace(",", ", ")
+    return f"{one.machine}, with {joined}" if joined else one.machine
 
 
 def presets() -> str:

@@ -93,6 +93,13 @@ def test_a_changed_gain_changes_its_page(tmp_path):
     assert ("another CPU", 7.77) in [(m.machine, m.ratio) for m in facts.measured("winograd", path)]
 
 
+def test_a_gain_of_two_switches_is_not_told_as_that_of_one():
+    """A wait less gains nothing without a graph behind it; alone it was never timed."""
+    (row,) = (line for line in made()["README.md"].splitlines() if line.startswith("| [async-noise]"))
+    assert re.findall(r"\d\.\d\dx \(([^)]*)\)", row)
+    assert all("with cuda-graph" in where for where in re.findall(r"\d\.\d\dx \(([^)]*)\)", row))
+
+
 def test_what_was_not_measured_is_said():
     assert "| CPU, AMX | not measured yet |" in made()["opts/cpu-bf16.md"]
     assert "| CPU, AVX-512 | 1, plain | 2.04x" in made()["opts/cpu-bf16.md"]
