@@ -367,7 +367,7 @@ def score_table(results: Results, keep: Callable[[Trial], bool]) -> str:
 
 
 def target_table(results: Results) -> str:
-    """What issue 4 asks for, on held-out prompts."""
+    """What is aimed at, on held-out prompts."""
     rows: list[Sequence[object]] = []
     for title, kinds in (("", TRIED_KINDS), (", in a colour", ("colour",)), (", on a background", ("background",))):
         model, truth, _ = results.shares("top-1", lambda trial, kinds=kinds: trial.held_out and trial.kind in kinds)
