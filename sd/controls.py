@@ -33,6 +33,7 @@ class ControlNets:
     def __init__(self) -> None:
         self.files: dict[str, Path] = {}
         self.loaded: dict[str, ControlNet] = {}
+        self._sources: dict[Path, model_loader.Source] = {}
         self.prepare: Callable[[ControlNet], None] | None = None
 
     def add(self, pipe: StableDiffusion, path: str | Path) -> str:
@@ -73,6 +74,7 @@ class ControlNets:
         """What the denoiser is told of the controls, for latents of this height and width."""
         found = []
         for control, how in zip(controls, one_each(preprocess, len(controls)), strict=True):
+            self._check_unwritten(control.name)
             net = self._ready(pipe, control.name)
             pixels = _hint(control.picture, how, edits, HINT_PIXELS * grid[0], HINT_PIXELS * grid[1])
             hint = net.seen(pixels.to(pipe.device, pipe.dtype))
@@ -94,6 +96,11 @@ class ControlNets:
             raise ValueError(f"no ControlNet {name!r} was added{there_are(name, self.files)}")
         return name
 
+    def _check_unwritten(self, name: str) -> None:
+        """Raise CheckpointError if the file that one in memory is mapped from was written to."""
+        if name in self.loaded:
+            self._sources[self.files[name]].check_unwritten()
+
     def _ready(self, pipe: StableDiffusion, name: str) -> ControlNet:
         weight = next(self.loaded[name].parameters()) if name in self.loaded else None
         if weight is None or (weight.dtype, weight.device) != (pipe.dtype, next(pipe.vae.parameters()).device):
@@ -104,6 +111,7 @@ class ControlNets:
         with torch.inference_mode(False):
             own = lambda names: _own_weights(pipe, names)  # noqa: E731
             net = model_loader.load_controlnet(path, pipe.config.unet, own, pipe.device, pipe.dtype)
+        self._sources[path] = model_loader.Source.of(path, False, pipe.dtype)
         if self.prepare:
             self.prepare(net)
         return net

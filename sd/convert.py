@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -25,8 +26,9 @@ from sd.checkpoints.errors import CheckpointError, StrPath, naming
 from sd.checkpoints.folders import write_folder
 from sd.checkpoints.layouts import PREFIXES
 from sd.checkpoints.saving import write_model
+from sd.checkpoints.shrinking import on_bus_error
 from sd.config import PREDICTIONS, Config
-from sd.printable import Printable
+from sd.printable import Printable, printable
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 DTYPES = ("float16", "bfloat16", "float32")
@@ -94,6 +96,12 @@ def _umask() -> int:
     return mask
 
 
+def _leave_at_once(message: str) -> NoReturn:
+    """Where IN became shorter while it was read. What was written so far stays beside OUT under a hidden name."""
+    os.write(2, printable(f"error: {message}\n").encode())
+    os._exit(2)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m sd.convert", description=__doc__.split("\n", 1)[0])
     parser.add_argument("source", metavar="IN", type=Path, help=".safetensors, .ckpt, an index, or a diffusers folder")
@@ -121,4 +129,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    on_bus_error(_leave_at_once)
     sys.exit(main())

@@ -9,16 +9,20 @@ import threading
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from safetensors.torch import save_file
 
-from bench.reference.weights import random_models, tiny_config, write_safetensors
+from bench.reference.weights import TINY, random_controlnet, random_models, tiny_config, write_safetensors
 from sd import inference
 from sd.checkpoints import mapped, shrinking
+from sd.controlnet import Control
 from sd.model_loader import CheckpointError
 from sd.pictures.drawing import draw_batch
 from sd.pictures.plan import plan
 from sd.pictures.prompts_file import Entry
 from sd.pipeline import StableDiffusion
 from tests.checkpoints.common import ROOT
+from tests.weights import tiny_pipeline
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of it by SIGBUS")
 
@@ -49,6 +53,42 @@ def test_the_command_ends_in_one_line(checkpoint, tmp_path):
     assert re.match(rf"error: {checkpoint}(: was written to| became shorter) while it was in use", line)
     assert "Traceback" not in errors
     assert not list(tmp_path.glob("*part*"))
+
+
+CONVERT = """
+import os, runpy, sys
+from sd import model_loader
+read = model_loader.read
+def then_cut(path, **given):
+    result = read(path, **given)
+    os.truncate(path, 4096)
+    return result
+model_loader.read = then_cut
+runpy.run_module("sd.convert", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("target", ["new.safetensors", "folder"])
+def test_the_converter_ends_in_one_line(checkpoint, tmp_path, target):
+    command = [sys.executable, "-c", CONVERT, str(checkpoint), str(tmp_path / target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done
+    # Named by who touched it, or by the system, which would not write from there.
+    assert re.fullmatch(r"error: .*( became shorter while it was in use .*|Bad address.*)\n", done.stderr)
+    assert not (tmp_path / target).exists()
+
+
+def test_a_controlnet_that_is_written_over_is_seen_before_a_picture(tmp_path):
+    file = tmp_path / "net.safetensors"
+    save_file(random_controlnet(TINY).state_dict(), file)
+    pipe = tiny_pipeline()
+    control = [Control(pipe.add_control(file), Image.new("RGB", (64, 64)))]
+    content = file.read_bytes()
+    pipe.generate("x", steps=1, control=control)
+    file.write_bytes(content)  # in place: the same inode
+    with pytest.raises(CheckpointError, match=f"{file}: was written to while it was in use; load it again"):
+        pipe.generate("x", steps=1, control=control)
+    pipe.generate("x", steps=1)
 
 
 SERVE = """
