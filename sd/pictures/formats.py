@@ -8,7 +8,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from sd.pictures import a1111
 
@@ -45,7 +45,7 @@ def encoded(image: "Image.Image", ending: str, parameters: Mapping[str, object])
     return data.getvalue()
 
 
-def read_parameters(path: str | os.PathLike) -> dict[str, object]:
+def read_parameters(path: str | os.PathLike | BinaryIO) -> dict[str, object]:
     """What `encoded` wrote. Raises OSError if it is no such picture, ValueError without any parameters.
 
     Only the head of the file is read: the pixels are not decoded.
@@ -58,7 +58,7 @@ def read_parameters(path: str | os.PathLike) -> dict[str, object]:
     return png.read_parameters(path) if kind == "PNG" else _described(path)
 
 
-def read_foreign(path: str | os.PathLike) -> tuple[dict[str, object], dict[str, str]]:
+def read_foreign(path: str | os.PathLike | BinaryIO) -> tuple[dict[str, object], dict[str, str]]:
     """What AUTOMATIC1111's web UI wrote: our parameters, and by its names what is none. Raises ValueError without."""
     from sd.images import opened
 
@@ -69,7 +69,7 @@ def read_foreign(path: str | os.PathLike) -> tuple[dict[str, object], dict[str, 
     return a1111.read(text)
 
 
-def _described(path: str | os.PathLike) -> dict[str, object]:
+def _described(path: str | os.PathLike | BinaryIO) -> dict[str, object]:
     from PIL import Image
 
     from sd.images import opened

@@ -3,8 +3,9 @@
 It is read as --from-png reads it, and only its head. What cannot be used on this server is told.
 """
 
-import tempfile
+import io
 from collections.abc import Iterator, Mapping
+from typing import BinaryIO
 
 from sd.pictures.formats import read_foreign, read_parameters
 from sd.pictures.parameters import Parameter, check_parameter, recorded, shown
@@ -37,23 +38,20 @@ def recall(body: bytes, limits: Limits, facts: Mapping[str, object]) -> dict[str
 
 
 def _said_by(data: bytes) -> tuple[dict[str, object], dict[str, str]]:
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(data)
-        file.flush()
-        try:
-            return _read(file.name)
-        except (OSError, SyntaxError):
-            raise FailedError(422, "the file is no PNG, JPEG or WebP picture") from None
-        except Exception:  # as a damaged head is
-            raise FailedError(422, "the picture does not say how it was drawn") from None
+    try:
+        return _read(io.BytesIO(data))
+    except (OSError, SyntaxError):
+        raise FailedError(422, "the file is no PNG, JPEG or WebP picture") from None
+    except Exception:  # as a damaged head is
+        raise FailedError(422, "the picture does not say how it was drawn") from None
 
 
-def _read(path: str) -> tuple[dict[str, object], dict[str, str]]:
+def _read(file: BinaryIO) -> tuple[dict[str, object], dict[str, str]]:
     """Our parameters, and what is none by the names of AUTOMATIC1111's web UI."""
     try:
-        return read_parameters(path), {}
+        return read_parameters(file), {}
     except ValueError:
-        return read_foreign(path)
+        return read_foreign(file)
 
 
 def _usable(one: Parameter, value: object, limits: Limits) -> object:
