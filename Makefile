@@ -26,7 +26,7 @@ endef
 export SHORT
 INSTALL = set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 
-.PHONY: guide image help test test-full lint format bench clean
+.PHONY: guide image help test test-full fuzz lint format bench clean
 
 image: $(VENV)/.installed  ## draw PROMPT="a red apple" into output.png (OUT=, STEPS=, SAMPLER=, SEED=, CKPT=, ARGS=)
 	@$(BIN)/python sd/inference.py --show --prompt "$$PROMPT" --steps $(STEPS) --sampler $(SAMPLER) \
@@ -42,6 +42,10 @@ test: $(VENV)/.installed-dev  ## all tests with small models, 5 minutes on 2 cor
 test-full: $(VENV)/.installed-dev  ## SD 1.5 and 2.1 at their sizes beside diffusers: 16 GB of memory
 	$(BIN)/python -m pytest -m full -rs tests/test_full_size*.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m full -rs -n 2 --dist loadfile --ignore-glob="*/test_full_size*.py"
+
+fuzz: $(VENV)/.installed-dev  ## inputs that nobody thought of, others each time: an hour (ARGS="-k pickle")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-profile fuzz -n 2 \
+	    $$(grep -lE "tried\(|@given" -r tests --include="test_*.py") $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check .

@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("same", derandomize=True, database=None)
+settings.register_profile("fuzz", derandomize=False, print_blob=True)
+settings.load_profile("same")  # pytest --hypothesis-profile fuzz: others each time
 
 FULL_SIZE_MEMORY = 16 * 2**30
 

@@ -6,6 +6,7 @@
 What a file holds is used or named.
 """
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,23 +30,24 @@ def read_embeddings(path: StrPath, width: int) -> dict[str, Tensor]:
         found = _words(open_content(Path(path)), Path(path).stem)
         if not found:
             raise CheckpointError("holds no learned word (textual inversion)")
-        check_size(found.values(), Path(path).stat().st_size)
-        return {word: vectors_of(word, tensor, width) for word, tensor in found.items()}
+        check_size(itertools.chain(*found.values()), Path(path).stat().st_size)
+        return {word: torch.cat([vectors_of(word, t, width) for t in parts]) for word, parts in found.items()}
 
 
-def _words(content: object, name: str) -> dict[str, Tensor]:
+def _words(content: object, name: str) -> dict[str, list[Tensor]]:
+    """Each word's tensors, as they are in the file: a word's vectors may lie in several."""
     if not isinstance(content, Mapping):
         return {}
     inner = content.get("string_to_param")
     if inner is not None:
         tensors = list(_tensors(getattr(inner, "state", inner)))
-        return {name: torch.cat([rows(t) for t in tensors])} if tensors else {}
+        return {name: tensors} if tensors else {}
     if "clip_g" in content:
         raise CheckpointError("a word for Stable Diffusion XL (clip_g); one for this model is needed")
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if many := [key for key in tensors if "." in str(key)]:
         raise CheckpointError(f"holds weights of a model, no learned word: {some(many)}")
-    return {name if key in UNNAMED else str(key): tensor for key, tensor in tensors.items()}
+    return {name if key in UNNAMED else str(key): [tensor] for key, tensor in tensors.items()}
 
 
 def _tensors(content: object):
@@ -57,14 +59,9 @@ def _tensors(content: object):
             yield from _tensors(value)
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """One vector, or several, as [n, C]."""
-    return tensor.detach().unsqueeze(0) if tensor.ndim == 1 else tensor.detach()
-
-
 def vectors_of(word: str, tensor: Tensor, width: int) -> Tensor:
-    """A word's vectors, checked: [n, width] in fp32. Raises CheckpointError."""
-    found = rows(tensor)
+    """A word's vectors, checked: one as [C] or several as [n, C], here [n, width] in fp32. Raises CheckpointError."""
+    found = tensor.detach().unsqueeze(0) if tensor.ndim == 1 else tensor.detach()
     if found.ndim != 2 or not found.is_floating_point() or found.layout != torch.strided or not len(found):
         raise CheckpointError(f"{word} is {tuple(tensor.shape)} of {tensor.dtype}, no vectors")
     if found.shape[1] != width:

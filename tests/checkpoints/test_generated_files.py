@@ -22,6 +22,7 @@ from sd.checkpoints.vae_files import open_vae
 from sd.checkpoints.whole import open_model
 from sd.inspection import inspect
 from sd.pipeline import StableDiffusion
+from tests.checkpoints.common import registered
 from tests.checkpoints.test_fuzzed_checkpoints import mutated, with_mutated_pickle
 from tests.checkpoints.test_hostile_files import KINDS, LORA
 from tests.generated import VALUES, some, tried
@@ -45,7 +46,7 @@ def one_line(text: str) -> None:
 
 def ends_well(pipe: StableDiffusion, kind: str, path: Path) -> None:
     """Added, and taken out again; or an error of one line, and nothing has changed."""
-    safe = set(torch.serialization.get_safe_globals())
+    safe = registered()
     weights = pipe.unet.middle_block[0].in_layers[2].weight
     before, said = weights.clone(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
@@ -60,7 +61,7 @@ def ends_well(pipe: StableDiffusion, kind: str, path: Path) -> None:
             one_line(str(refused))
     assert (pipe.loras.merged, pipe.words.words, pipe.controlnets.files) == ({}, {}, {})
     assert torch.equal(pipe.unet.middle_block[0].in_layers[2].weight, before)
-    assert set(torch.serialization.get_safe_globals()) == safe
+    assert registered() == safe
 
 
 NAMES = st.sampled_from(

@@ -20,6 +20,7 @@ from bench.reference.weights import random_controlnet
 from sd import inference
 from sd.checkpoints.errors import CheckpointError
 from sd.pipeline import StableDiffusion
+from tests.checkpoints.common import registered
 from tests.checkpoints.test_checkpoint_files import NOT_WEIGHTS
 from tests.checkpoints.test_pickles import Payload, payloads
 from tests.weights import SHALLOW, shallow_pipeline
@@ -70,14 +71,14 @@ def refused(pipe, capfd):
     """refused(kind, path) -> the error's text."""
 
     def refused(kind: Kind, path: Path) -> str:
-        before = set(torch.serialization.get_safe_globals())
+        before = registered()
         with pytest.raises(CheckpointError) as caught:
             kind.add(pipe, path)
         message = str(caught.value)
         assert message.startswith(str(path))
         assert message.isprintable()
         assert len(message) < 700
-        assert set(torch.serialization.get_safe_globals()) == before
+        assert registered() == before
         assert (pipe.loras.merged, pipe.words.words, pipe.controlnets.files) == ({}, {}, {})
         assert capfd.readouterr() == ("", "")
         return message
