@@ -2,7 +2,7 @@
 
     modal run modal_inference.py --prompt "a lighthouse in a storm"
     modal run modal_inference.py --prompts-file prompts.jsonl --out-dir pictures --max-containers 20
-    modal run modal_inference.py --prompt "a fox" --lora style.safetensors:0.8 --vae mse.safetensors
+    modal run modal_inference.py --prompt "a fox" --lora style.safetensors:0.8 --init-image photo.jpg --strength 0.6
     modal deploy modal_inference.py
 
 The weights come from the volume that modal_volume.py fills. What would cost money for nothing is left out: weights and
@@ -32,8 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,11 +47,13 @@ if str(HERE) not in sys.path:
 from sd import gpus  # noqa: E402
 from sd.nearest import there_are  # noqa: E402
 from sd.pictures import parameters  # noqa: E402
+from sd.pictures.carried import carried, named_by  # noqa: E402
 from sd.pictures.files import DEFAULT, left_to_draw, named, output_files  # noqa: E402
 from sd.pictures.loras import refuse  # noqa: E402
 from sd.pictures.model import ModelChoice  # noqa: E402
 from sd.pictures.parameters import UserError, checked  # noqa: E402
 from sd.pictures.plan import Job, Picture, plan  # noqa: E402
+from sd.pictures.png_text import png_parameters  # noqa: E402
 from sd.pictures.prompts_file import Entry, read_prompts  # noqa: E402
 from sd.service.orders import limits_from_env  # noqa: E402
 from sd.writing import write_whole  # noqa: E402
@@ -80,13 +81,17 @@ GPUS: dict[str, gpus.Capability] = {
 """Modal's names (https://modal.com/docs/guide/gpu), and what NVIDIA says that each can do. B200+ may be a B300."""
 
 FILES = ("lora", "embedding", "vae")
-"""Options of sd/inference.py that name files of this machine: they are sent to the volume, each once."""
+"""Options of sd/inference.py that name files of the model on this machine: they are sent to the volume, each once, as
+are those that pictures are drawn after."""
 
 MOST_OF_A_PROMPT = 16
 """Pictures that one call returns; more come through a prompts file, one by one."""
 
 TRITON = "triton==3.7.1"
 """What torch's wheel for CUDA asks for, named: without it, or with another, a paid GPU would run the slow kernels."""
+
+OPENCV = "opencv-python-headless==5.0.0.93"
+"""For --control-preprocess canny: whoever types it here cannot install it there."""
 
 CHECK_TRITON = (
     "import triton.language; from importlib.metadata import requires; "
@@ -172,7 +177,7 @@ def not_the_program(path: Path) -> bool:
 image = (
     modal.Image.debian_slim(python_version="3.11")
     .apt_install("build-essential")  # Triton and torch.compile call a C compiler when the first kernel runs
-    .uv_pip_install(TRITON, requirements=[str(HERE / "requirements.txt")])
+    .uv_pip_install(TRITON, OPENCV, requirements=[str(HERE / "requirements.txt")])
     # The image is not built where torch would have another Triton than its own, or none that can be imported.
     .run_commands(f'python -c "{CHECK_TRITON}"')
     .env(
@@ -211,6 +216,15 @@ def in_container(files: str) -> dict[str, list[str]]:
     """What `sent` says -> the options of FILES, as the container has their files."""
     said = json.loads(files) if files else {}
     return {name: [str(HERE / "weights" / text) for text in said.get(name, ())] for name in FILES}
+
+
+def lay_out(links: dict[str, str], folder: Path) -> None:
+    """Files of the volume, by the names that jobs have for them, into a folder."""
+    for name, file in links.items():
+        link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(HERE / "weights" / file)
 
 
 def choice_of(files: dict[str, list[str]], **others: object) -> ModelChoice:
@@ -253,22 +267,23 @@ class Kept:
 
 
 @app.function(**RESOURCES, timeout=30 * MINUTE)
-def infer(ckpt: str, flags: list[str], files: str = "") -> tuple[list[bytes], str]:
+def infer(ckpt: str, flags: list[str], files: str = "", links: dict[str, str] | None = None) -> tuple[list[bytes], str]:
     """Run modal_infer.sh with the flags and `sent` files -> (the PNGs, ""), or ([], why it failed in one line)."""
     flags = [*flags, *(f"--{name}={text}" for name, texts in in_container(files).items() for text in texts)]
     kept = Kept(HERE / "cache")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as working:
+        lay_out(links or {}, Path(working))
         out = f"--out={folder}/{{index:06}}.png"
-        if error := run_script([str(HERE / "modal_infer.sh"), *flags, out], checkpoint_path(ckpt)):
+        if error := run_script([str(HERE / "modal_infer.sh"), *flags, out], checkpoint_path(ckpt), working):
             return [], error
         kept.commit()
         return [file.read_bytes() for file in sorted(Path(folder).iterdir())], ""
 
 
-def run_script(command: list[str], ckpt: Path) -> str:
-    """Run it, passing on what it prints as it comes; returns "" or, in one line, why it failed."""
+def run_script(command: list[str], ckpt: Path, folder: str) -> str:
+    """Run it in a folder, passing on what it prints as it comes; returns "" or, in one line, why it failed."""
     environment = {**os.environ, "SD_CKPT": str(ckpt), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE) as process:
         last = ""
         for line in lines_as_they_come(process.stderr):
             if not line.startswith(b"error: "):  # that one is the caller's to print
@@ -350,11 +365,17 @@ class Model(Warm):
     files: str = modal.parameter(default="")
     drawn = False
 
+    @modal.enter(snap=False)
+    def work(self) -> None:
+        """Where the files lie that jobs name: there they are found by the names that somebody typed."""
+        os.chdir(tempfile.mkdtemp())
+
     @modal.method()
-    def draw(self, fields: dict) -> dict:
+    def draw(self, fields: dict, links: dict[str, str] | None = None) -> dict:
         """{"index", "values"} of a job -> {"index", "png"} or {"index", "error"}: one line, and whose it is."""
         job = Job(**fields, where="")
         try:
+            lay_out(links or {}, Path())
             return {"index": job.index, "png": self.png(job)}
         except Exception as error:
             give_up_if_broken(error, self.pipe)
@@ -362,10 +383,11 @@ class Model(Warm):
 
     def png(self, job: Job) -> bytes:
         """The picture as a file that says how it was drawn, as sd/inference.py writes it."""
-        from sd.pictures.drawing import draw_batch
+        from sd.pictures.drawing import NamedFiles, draw_batch
         from sd.pictures.png import to_png
 
-        (picture,) = draw_batch(self.pipe, [job])
+        files = NamedFiles()
+        (picture,) = draw_batch(self.pipe, [job], files.pictures([job]), [files.origin(job)])
         if not self.drawn:
             self.kept.commit()  # before the first is answered: then the other containers start
         self.drawn = True
@@ -419,16 +441,11 @@ class Service(Warm):
 # ---- the command line
 
 
-def portable() -> list[parameters.Parameter]:
-    """The picture's parameters that are flags here too: all that name no file of this machine."""
-    return [one for one in parameters.flags() if one.portable]
-
-
 def with_parameters(function: Callable[..., None]) -> Callable[..., None]:
-    """A flag for each of `portable` and FILES in place of **given: Modal makes them of the function's signature."""
+    """A flag for each parameter and FILES in place of **given: Modal makes them of the function's signature."""
     own = list(inspect.signature(function).parameters.values())[:-1]
     only = {"kind": inspect.Parameter.KEYWORD_ONLY, "default": None}
-    kinds = {**{one.name: one.check.kind for one in portable()}, **dict.fromkeys(FILES, str)}
+    kinds = {**{one.name: one.check.kind for one in parameters.flags()}, **dict.fromkeys(FILES, str)}
     more = [inspect.Parameter(name, annotation=kind | None, **only) for name, kind in kinds.items()]
     function.__signature__ = inspect.Signature([*own, *more])
     function.__annotations__ = {one.name: one.annotation for one in (*own, *more)}
@@ -454,23 +471,29 @@ def main(
         if bool(prompt) == bool(prompts_file):
             raise UserError("say what to draw: --prompt TEXT or --prompts-file FILE, one of them")
         choice = named_files({name: given.pop(name, None) for name in FILES})
-        shared = checked("", given)
+        shared = checked("", {name: several(name, value) for name, value in given.items()})
         check_options(max_containers, opt)
         check_opt(opt, check_gpu(gpu) if gpu else SETTINGS["SD_GPU"])
         options = gpu_options(gpu)
         if prompts_file:
-            pictures = plan_file(prompts_file, shared, Path(out_dir), ckpt, overwrite, choice)
-            files = sent(choice, check_weights(ckpt)) if pictures else ""
+            pictures, needed = plan_file(prompts_file, shared, Path(out_dir), ckpt, overwrite, choice)
+            files, links = sent(choice, needed, check_weights(ckpt)) if pictures else ("", {})
             model = Model.with_options(**options, max_containers=max_containers)(ckpt=ckpt, opt=opt, files=files)
-            draw_file(pictures, model, len(os.listdir(out_dir)))
+            draw_file(pictures, model, links, len(os.listdir(out_dir)))
         else:
-            pictures = plan_prompt(prompt, shared, DEFAULT if overwrite and out is None else out)
-            files = sent(choice, check_weights(ckpt))
-            draw_prompt(pictures, infer.with_options(**options) if options else infer, ckpt, opt, files)
+            pictures, needed = plan_prompt(prompt, shared, DEFAULT if overwrite and out is None else out)
+            files, links = sent(choice, needed, check_weights(ckpt))
+            draw_prompt(pictures, infer.with_options(**options) if options else infer, ckpt, opt, files, links)
     except (UserError, ValueError, OSError, modal.exception.Error) as error:
         leave(error)
     except KeyboardInterrupt:  # of itself, Modal's client would say that all went well
         leave("interrupted; what is written stays, and the same command goes on with a prompts file", 130)
+
+
+def several(name: str, value: object) -> object:
+    """Modal takes each flag once: of what may be given more than once, the values are separated by commas."""
+    repeated = isinstance(value, str) and isinstance(parameters.PARAMETERS[name].check, parameters.Several)
+    return value.split(",") if repeated else value
 
 
 def gpu_options(gpu: str | None) -> dict:
@@ -513,8 +536,10 @@ def named_files(given: dict[str, str | None]) -> ModelChoice:
     return choice
 
 
-def sent(choice: ModelChoice, there: set[str]) -> str:
-    """Have the files of the choice in the volume, whose files are `there` -> which they are, for `in_container`.
+def sent(choice: ModelChoice, needed: Mapping[str, Path], there: set[str]) -> tuple[str, dict[str, str]]:
+    """Have the files of the choice in the volume, whose files are `there`, and those that pictures are drawn after.
+
+    -> which they are, for `in_container`; and of the latter, by the names that jobs have for them, for `lay_out`.
 
     One lies under the hash of its content: so it is sent once, and another one of the same name does not replace it.
     """
@@ -523,9 +548,11 @@ def sent(choice: ModelChoice, there: set[str]) -> str:
         "embedding": choice.embeddings(),
         "vae": [(choice.vae, None)] if choice.vae else [],
     }
-    named = {path: f"files/{sha256(path)[:16]}/{path.name}" for pairs in files.values() for path, _ in pairs}
+    paths = {*(path for pairs in files.values() for path, _ in pairs), *needed.values()}
+    named = {path: f"files/{sha256(path)[:16]}/{path.name}" for path in sorted(paths)}
     if missing := {path: name for path, name in named.items() if name not in there}:
-        print(f"sending {', '.join(path.name for path in missing)}", flush=True)
+        names = [path.name for path in missing]
+        print(f"sending {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}", flush=True)
         with weights.batch_upload(force=True) as batch:  # two commands may send the same
             for path, name in missing.items():
                 batch.put_file(path, f"/{name}")
@@ -534,7 +561,7 @@ def sent(choice: ModelChoice, there: set[str]) -> str:
         for option, pairs in files.items()
         if pairs
     }
-    return json.dumps(said) if said else ""
+    return json.dumps(said) if said else "", {name: named[path] for name, path in needed.items()}
 
 
 def sha256(path: Path) -> str:
@@ -545,8 +572,8 @@ def sha256(path: Path) -> str:
 # ---- one prompt
 
 
-def plan_prompt(prompt: str, shared: dict[str, object], out: str | None) -> list[Picture]:
-    """The pictures of one prompt and their files: out is None for output.png, or what is free after it.
+def plan_prompt(prompt: str, shared: dict[str, object], out: str | None) -> tuple[list[Picture], Mapping[str, Path]]:
+    """The pictures of one prompt and what they are drawn after: out is None for output.png, or what is free after it.
 
     Raises UserError.
     """
@@ -554,22 +581,24 @@ def plan_prompt(prompt: str, shared: dict[str, object], out: str | None) -> list
         raise UserError(f"--num-images: at most {MOST_OF_A_PROMPT} of one --prompt; a --prompts-file takes any number")
     shared = dict(shared)
     first_seed = shared.pop("seed", secrets.randbelow(2**32))
-    jobs = plan([Entry("", checked("", {"prompt": prompt}))], shared, first_seed)
-    refuse(jobs)
-    pictures = list(named(jobs, out, many=len(jobs) > 1, random=True))
+    asked = carried(plan([Entry("", checked("", {"prompt": prompt}))], shared, first_seed))
+    refuse(asked.plan)
+    pictures = list(named(asked.plan, out, many=len(asked.plan) > 1, random=True))
     if other := next((file for _, file in pictures if file.suffix.lower() != ".png"), None):
         raise UserError(f"--out: {other} must end in .png: that is what the container returns")
-    return pictures
+    return pictures, asked.files
 
 
-def draw_prompt(pictures: Sequence[Picture], function: modal.Function, ckpt: str, opt: str, files: str) -> None:
+def draw_prompt(
+    pictures: Sequence[Picture], function: modal.Function, ckpt: str, opt: str, files: str, links: Mapping[str, str]
+) -> None:
     """Draw them in one container, with the files that are `sent`, and write them."""
     job, _ = pictures[0]
     values = {**job.values, "num_images": len(pictures)}
-    said = (one for one in portable() if one.says_something(values))
-    asked = {one.option: values[one.name] for one in (parameters.PARAMETERS["prompt"], *said)}
-    flags = [f"{option}={value}" for option, value in {**asked, "--opt": opt}.items() if value is not None]
-    pngs, error = function.remote(ckpt, flags, files)
+    said = (one for one in parameters.flags() if one.says_something(values))
+    asked = (parameters.PARAMETERS["prompt"], *said)
+    flags = [word for one in asked for word in one.words(values[one.name])]
+    pngs, error = function.remote(ckpt, [*flags, f"--opt={opt}"], files, dict(links))
     if error:
         raise UserError(error)
     for (drawn, file), png in zip(pictures, pngs, strict=True):
@@ -583,59 +612,32 @@ def draw_prompt(pictures: Sequence[Picture], function: modal.Function, ckpt: str
 
 def plan_file(
     path: str, shared: dict[str, object], folder: Path, ckpt: str, overwrite: bool, choice: ModelChoice | None = None
-) -> list[Picture]:
-    """The pictures of a prompts file that are not in the folder yet. Raises UserError."""
+) -> tuple[list[Picture], Mapping[str, Path]]:
+    """The pictures of a prompts file that are not in the folder yet, and what those are drawn after.
+
+    Raises UserError.
+    """
     shared = dict(shared)
     first_seed = shared.pop("seed", 0)
-    jobs = plan(read_prompts(path), shared, first_seed)
-    for job, one in ((job, one) for job in jobs for one in parameters.recorded() if one.file or one.local):
-        if job.values[one.name] is not None:
-            raise UserError(f"{job.where}: {one.name} is a file of this machine; draw it with sd/inference.py")
-    refuse(jobs)
+    asked = carried(plan(read_prompts(path), shared, first_seed))
+    refuse(asked.plan)
     folder.mkdir(parents=True, exist_ok=True)
-    files = output_files(f"{folder}/{{index:05}}-{{seed}}.png", jobs, many=True)
-    pictures = list(zip(jobs, files, strict=True))
-    if overwrite:
-        return pictures
-    choice = choice or ModelChoice()
-    same = {"checkpoint": checkpoint_path(ckpt).name, **choice.recorded_files()}
-    return left_to_draw(pictures, png_parameters, same)
+    files = output_files(f"{folder}/{{index:05}}-{{seed}}.png", asked.plan, many=True)
+    pictures = list(zip(asked.plan, files, strict=True))
+    if not overwrite:
+        same = {"checkpoint": checkpoint_path(ckpt).name, **(choice or ModelChoice()).recorded_files()}
+        pictures = left_to_draw(pictures, png_parameters, same)
+    needed = set().union(*(named_by(job) for job, _ in pictures)) if asked.files else set()
+    return pictures, {name: file for name, file in asked.files.items() if name in needed}
 
 
-def png_parameters(path: Path) -> dict[str, object]:
-    """What a PNG of this program says of itself, without Pillow. Raises OSError, or ValueError for any other file."""
-    found = {}
-    with path.open("rb") as file:
-        if file.read(8) != b"\x89PNG\r\n\x1a\n":
-            raise ValueError(f"{path} is no PNG")
-        while head := file.read(8):
-            size, kind = int.from_bytes(head[:4], "big"), head[4:]
-            if kind == b"IDAT":
-                break
-            data = file.read(size + 4)[:size]
-            if kind == b"iTXt":
-                found |= _text_chunk(data)
-    if "prompt" not in found:
-        raise ValueError(f"{path} holds no parameters of a picture drawn by this program")
-    return found
-
-
-def _text_chunk(data: bytes) -> dict[str, object]:
-    """An iTXt chunk: keyword, 0, compressed?, method, language, 0, translated keyword, 0, text (PNG 11.3.4.5)."""
-    keyword, _, rest = data.partition(b"\0")
-    text = rest[2:].split(b"\0", 2)[2]
-    with suppress(ValueError, zlib.error):
-        return {keyword.decode("latin-1"): json.loads(zlib.decompress(text) if rest[0] else text)}
-    return {}
-
-
-def draw_file(pictures: Sequence[Picture], model: "Model", there: int) -> None:
+def draw_file(pictures: Sequence[Picture], model: "Model", links: Mapping[str, str], there: int) -> None:
     """Draw them in many containers, writing each as it comes. Raises UserError at the end if any failed."""
     if not pictures:
         print("all pictures are there already; --overwrite draws them again")
         return
     print(f"{len(pictures)} pictures to draw" + (f", {there} files are there" if there else ""))
-    failures = write_results(results_of(model, pictures), pictures)
+    failures = write_results(results_of(model, pictures, links), pictures)
     for job, file in pictures:
         if job.index in failures:
             print(f"failed: {file}  ({job.where}: {failures[job.index]})", file=sys.stderr)
@@ -643,19 +645,25 @@ def draw_file(pictures: Sequence[Picture], model: "Model", there: int) -> None:
         raise UserError(f"{len(failures)} of {len(pictures)} pictures failed; run the same command to try them again")
 
 
-def results_of(model: "Model", pictures: Sequence[Picture]) -> Iterator[object]:
+def results_of(model: "Model", pictures: Sequence[Picture], links: Mapping[str, str]) -> Iterator[object]:
     """What `Model.draw` returns for each, as it comes; an exception for one whose container was lost.
 
     The first picture is drawn alone: if the model does not load, one container has found out, not all of them, and
     what it compiles lies on the volume when the others start. Raises UserError then.
     """
-    fields = ({"index": job.index, "values": job.values} for job, _ in pictures)
+    fields = (asked_of(job, links) for job, _ in pictures)
     try:
-        first = model.draw.remote(next(fields))
+        first = model.draw.remote(*next(fields))
     except Exception as error:
         raise UserError(f"no picture can be drawn: {one_line(error)}") from None
     yield first
-    yield from model.draw.map(fields, order_outputs=False, return_exceptions=True)
+    yield from model.draw.starmap(fields, order_outputs=False, return_exceptions=True)
+
+
+def asked_of(job: Job, links: Mapping[str, str]) -> tuple[dict[str, object], dict[str, str]]:
+    """What `Model.draw` takes: the job, and of the links those that it needs."""
+    needed = named_by(job) if links else ()
+    return {"index": job.index, "values": job.values}, {name: links[name] for name in needed}
 
 
 def write_results(results: Iterable[object], pictures: Sequence[Picture]) -> dict[int, str]:

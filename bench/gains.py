@@ -74,8 +74,8 @@ def of_ladder(path: Path) -> list[Entry]:
     for line in common.read_csv(path):
         if line["picture_s"]:
             held = tuple(line[key] for key in ("weights", "size", "steps", "batch", "sampler", "dtype", "device"))
-            groups.setdefault(held, {})[_split(line["opts"])] = line
-    looks = {_split(line["opts"]): line["psnr_db"] for line in common.read_csv(path.with_name("fidelity.csv"))}
+            groups.setdefault(held, {})[names_in(line["opts"])] = line
+    looks = {names_in(line["opts"]): line["psnr_db"] for line in common.read_csv(path.with_name("fidelity.csv"))}
     return [entry for rows in groups.values() for entry in _ladder_entries(rows, looks)]
 
 
@@ -119,7 +119,7 @@ def of_probe(path: Path) -> list[Entry]:
     """The entries of the probe's ladder, by its pictures of the DDPM sampler."""
     probe = json.loads(path.read_text())
     seconds = {line["label"]: line["picture_s"] for line in probe["pictures"] if line["sampler"] == "ddpm"}
-    rows = {_split(line["names"]): seconds.get(line["label"]) for line in probe.get("ladder", ())}
+    rows = {names_in(line["names"]): seconds.get(line["label"]) for line in probe.get("ladder", ())}
     (environment,) = probe["environment"]
     shared = _environment(environment) | {"command": "python -m bench.gpu_probe OUTDIR"}
     what = _what(environment["device"], bool(environment["cuda"]))
@@ -167,7 +167,7 @@ def _rounded(value: float) -> float:
     return float(common.cell(float(value)))
 
 
-def _split(opts: str) -> Names:
+def names_in(opts: str) -> Names:
     return tuple(name for name in opts.split(",") if name not in ("", "none"))
 
 

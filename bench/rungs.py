@@ -95,6 +95,10 @@ def rows_of(base: Sequence[str], names: Sequence[str], mode: str) -> list[Row]:
     return rows
 
 
+NOT_OF_A_PRESET = ("page-out",)
+"""What cannot run here, and a preset leaves out: all rows share one set of weights in memory, which no file has."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """All that a preset wants to know of a pipeline, before there is one."""
@@ -110,7 +114,8 @@ def parse_names(text: str, device: torch.device) -> list[str]:
         if _family(word) in KNOBS:
             names.append(word)
         else:
-            names += [choice.text for choice in optimizations.parse(word, Machine(device))]
+            choices = optimizations.parse(word, Machine(device))
+            names += [choice.text for choice in choices if not (choice.preset and choice.name in NOT_OF_A_PRESET)]
     return names
 
 

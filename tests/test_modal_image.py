@@ -22,9 +22,19 @@ def test_the_requirements_resolve_for_the_image(tmp_path):
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-cache-dir", "--quiet"]
     command += ["--python-version=3.11", "--implementation=cp", "--only-binary=:all:", "--target", str(tmp_path / "x")]
     command += [*platforms, "--platform=manylinux2014_x86_64", "--platform=linux_x86_64", "--platform=any"]
-    command += ["--disable-pip-version-check", modal_inference.TRITON, "-r", str(ROOT / "requirements.txt")]
+    command += [
+        "--disable-pip-version-check",
+        modal_inference.TRITON,
+        modal_inference.OPENCV,
+        "-r",
+        str(ROOT / "requirements.txt"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
+
+
+def test_opencv_is_the_one_that_the_tests_run_with():
+    assert modal_inference.OPENCV in (ROOT / "requirements-dev.txt").read_text().splitlines()
 
 
 def test_triton_is_the_one_that_the_tests_run_with():

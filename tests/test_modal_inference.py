@@ -1,6 +1,7 @@
 """modal_inference.py through the real client and the real container entry point: one picture, and what goes wrong."""
 
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -19,8 +20,10 @@ from safetensors.torch import save_file
 
 import modal_inference
 from bench.reference.numbers import pixels
+from bench.reference.weights import random_controlnet
 from sd.pictures.parameters import PARAMETERS, Number, Parameter
 from sd.pictures.png import read_parameters, save_png
+from sd.pictures.png_text import png_parameters
 from sd.pipeline import DEMO_CHECKPOINT, StableDiffusion
 from tests.modal_fixtures import drawn_here
 from tests.modal_loopback.containers import namespaces_allowed
@@ -161,6 +164,60 @@ def test_a_lora_of_this_machine_is_sent_once(loopback, lora, tmp_path):
     assert len(loopback.plane.tasks) == tasks
 
 
+@pytest.fixture
+def photo(loopback) -> Path:
+    """A picture and a mask in the folder where `modal` is typed, and one of the same name elsewhere; a ControlNet."""
+    (loopback.cwd / "in").mkdir()
+    across = Image.radial_gradient("L").resize((128, 128))
+    across.convert("RGB").save(loopback.cwd / "in/photo.png")
+    across.point(lambda x: 255 * (x < 128)).save(loopback.cwd / "mask.png")
+    (loopback.cwd.parent / "other").mkdir()
+    across.rotate(90).transpose(Image.Transpose.FLIP_LEFT_RIGHT).convert("RGB").save(
+        loopback.cwd.parent / "other/mask.png"
+    )
+    net = random_controlnet(StableDiffusion.load(DEMO_CHECKPOINT, "cpu").config)
+    save_file(net.half().state_dict(), loopback.cwd / "net.safetensors")
+    return loopback.cwd / "in/photo.png"
+
+
+@pytest.mark.full(memory=False)
+def test_a_picture_a_mask_and_a_controlnet_of_this_machine(loopback, photo, tmp_path, monkeypatch):
+    """One prompt and a prompts file draw after them, as here, and what was typed is what the PNG says."""
+    edit = ["--init-image", "in/photo.png", "--mask", "mask.png", "--mask-invert", "--strength", 0.7]
+    hint = f"net.safetensors:{loopback.cwd.parent}/other/mask.png:0.5"
+    draw = ["--prompt", "a red apple", "--steps", 3, "--seed", 5, "--opt", "none", *edit, "--control", hint]
+    draw += ["--control-preprocess", "canny"]
+    result = loopback.run("run", "modal_inference.py", *draw, "--ckpt", "demo", SD_GPU="none")
+    assert result.code == 0, result.text
+    monkeypatch.chdir(loopback.cwd)
+    drawn_here(tmp_path / "with.png", DEMO_CHECKPOINT, *draw)
+    drawn_here(tmp_path / "without.png", DEMO_CHECKPOINT, *draw[:-4])
+    assert (pixels(loopback.cwd / "output.png") == pixels(tmp_path / "with.png")).all()
+    assert (pixels(tmp_path / "with.png") != pixels(tmp_path / "without.png")).any()
+    there, here = read_parameters(loopback.cwd / "output.png"), read_parameters(tmp_path / "with.png")
+    (control,), (typed,) = there.pop("control"), here.pop("control")
+    assert there == here
+    assert there["init_image"] == "in/photo.png"
+    digest = sha256((loopback.cwd.parent / "other/mask.png").read_bytes()).hexdigest()
+    assert re.fullmatch(r"net.safetensors:[0-9a-f]{12}/mask.png:0.5:0-1", control)
+    assert typed == hint
+    assert f"files/{digest[:16]}/mask.png" in loopback.plane.sent
+    sent = len(loopback.plane.sent)
+
+    lines = [{"prompt": "a red apple", "steps": 3, "seed": 5, "control": hint, "control_preprocess": "canny"}] * 2
+    lines[0] = lines[0] | {"init_image": "in/photo.png", "mask": "mask.png", "mask_invert": True, "strength": 0.7}
+    (loopback.cwd / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    many = ["--prompts-file", "p.jsonl", "--opt", "none", "--ckpt", "demo"]
+    result = loopback.run("run", "modal_inference.py", *many, SD_GPU="none")
+    assert result.code == 0, result.text
+    assert (pixels(loopback.cwd / "pictures/00001-5.png") == pixels(tmp_path / "with.png")).all()
+    drawn_here(tmp_path / "hinted.png", DEMO_CHECKPOINT, *draw[:8], *draw[-4:])
+    assert (pixels(loopback.cwd / "pictures/00002-5.png") == pixels(tmp_path / "hinted.png")).all()
+    assert len(loopback.plane.sent) == sent
+    again = loopback.run("run", "modal_inference.py", *many, SD_GPU="none")
+    assert "all pictures are there already" in again.out, again.text
+
+
 def test_files_that_are_sent_are_told_apart_by_content(tmp_path, monkeypatch, capsys):
     """Two of one name, one of them there already, with and without a strength; and how the container finds them."""
     (tmp_path / "other").mkdir()
@@ -173,7 +230,7 @@ def test_files_that_are_sent_are_told_apart_by_content(tmp_path, monkeypatch, ca
     choice = modal_inference.named_files(
         {"lora": f"{first}:0.5,{second}", "embedding": f"{second}:word", "vae": str(first)}
     )
-    said = modal_inference.sent(choice, {names[0]})
+    said, links = modal_inference.sent(choice, {"x/photo.png": second}, {names[0]})
     (call,) = batch.return_value.__enter__.return_value.put_file.call_args_list
     assert call.args == (second, f"/{names[1]}")
     assert capsys.readouterr().out == "sending a.pt\n"
@@ -182,7 +239,8 @@ def test_files_that_are_sent_are_told_apart_by_content(tmp_path, monkeypatch, ca
     found |= {"embedding": [f"{weights}/{names[1]}:word"], "vae": [f"{weights}/{names[0]}"]}
     assert modal_inference.in_container(said) == found
     assert modal_inference.choice_of(found).vae == Path(f"{weights}/{names[0]}")
-    assert modal_inference.sent(modal_inference.named_files({"lora": None}), set()) == ""
+    assert links == {"x/photo.png": names[1]}
+    assert modal_inference.sent(modal_inference.named_files({"lora": None}), {}, set()) == ("", {})
 
 
 # ---- mistakes
@@ -232,8 +290,14 @@ def test_mistakes_are_one_line_and_start_nothing(loopback, arguments, words):
         ),
         ({"prompt": "x", "embedding": "gone.pt:word"}, "--embedding: there is no file gone.pt"),
         ({"prompts_file": "bad.jsonl"}, "bad.jsonl line 2: steps"),
-        ({"prompts_file": "image.jsonl"}, "image.jsonl line 1: init_image"),
-        ({"prompts_file": "control.jsonl"}, "control.jsonl line 1: control is a file of this machine"),
+        ({"prompts_file": "image.jsonl"}, "image.jsonl line 1: there is no file a.png"),
+        ({"prompts_file": "control.jsonl"}, "control.jsonl line 1: there is no file n.safetensors"),
+        ({"prompt": "x", "init_image": "gone.png"}, "--init-image: there is no file gone.png"),
+        ({"prompt": "x", "init_image": "pictures"}, "--init-image: there is no file pictures"),
+        ({"prompt": "x", "mask": "other.txt"}, "mask says which part of a picture is drawn anew"),
+        ({"prompt": "x", "control": "other.txt:other.txt,other.txt:gone.png"}, "--control: there is no file gone.png"),
+        ({"prompt": "x", "control": "other.txt"}, "--control: control must be FILE:PICTURE"),
+        ({"prompt": "x", "control_preprocess": "canny,edges"}, "no control_preprocess 'edges'"),
         ({"prompts_file": "other.txt"}, "is another picture"),
         ({"prompt": "x", "vae": "missing.pt"}, "--vae: there is no file missing.pt"),
         ({"prompt": "x", "vae": "pictures"}, "--vae: pictures is a folder; name the file in it"),
@@ -355,31 +419,29 @@ def flags_of(function) -> dict[str, tuple[object, object]]:
 
 
 def test_the_flags_are_those_of_the_table():
-    """All but what names a file of this machine; and what is not named is the library's default."""
+    """All of them; and what is not named is the library's default."""
     flags = flags_of(modal_inference.main.info.raw_f)
-    of_files = {"init_image", "strength", "mask", "mask_blur", "mask_invert", "mask_padding", "outpaint"}
-    of_files |= {"control", "control_preprocess"}
-    of_pictures = {name: (one.check.kind | None, None) for name, one in PARAMETERS.items() if name not in of_files}
+    of_pictures = {name: (one.check.kind | None, None) for name, one in PARAMETERS.items()}
     assert of_pictures.items() <= flags.items()
     assert {name: flags[name] for name in modal_inference.FILES} == dict.fromkeys(
         ("lora", "embedding", "vae"), (str | None, None)
     )
-    assert not {*of_files, "given"} & set(flags)
+    assert "given" not in flags
     assert flags["opt"][1] == modal_inference.read_settings({})["SD_OPT"] == "default"
 
 
 def test_a_new_parameter_is_a_flag_and_reaches_the_container(monkeypatch, tmp_path):
     class Function:
         @staticmethod
-        def remote(ckpt: str, flags: list[str], files: str) -> tuple[list[bytes], str]:
+        def remote(ckpt: str, flags: list[str], files: str, links: dict[str, str]) -> tuple[list[bytes], str]:
             asked.extend(flags)
             return [b"png"], ""
 
     monkeypatch.setitem(PARAMETERS, "wobble", Parameter("wobble", Number(0, 2), "how much noise", 0.5))
     assert flags_of(modal_inference.with_parameters(lambda **given: None))["wobble"] == (float | None, None)
     asked: list[str] = []
-    pictures = modal_inference.plan_prompt("-x", {"seed": 3, "wobble": 1.5}, f"{tmp_path}/a.png")
-    modal_inference.draw_prompt(pictures, Function, "demo", "default", "")
+    pictures, _ = modal_inference.plan_prompt("-x", {"seed": 3, "wobble": 1.5}, f"{tmp_path}/a.png")
+    modal_inference.draw_prompt(pictures, Function, "demo", "default", "", {})
     wanted = ["--prompt=-x", "--negative-prompt=", "--steps=50", "--cfg-scale=7.5", "--seed=3", "--sampler=ddpm"]
     assert asked == [*wanted, "--num-images=1", "--wobble=1.5", "--opt=default"]
     assert (tmp_path / "a.png").read_bytes() == b"png"
@@ -388,12 +450,12 @@ def test_a_new_parameter_is_a_flag_and_reaches_the_container(monkeypatch, tmp_pa
 def test_a_png_is_read_without_pillow(tmp_path):
     parameters = {"prompt": "ä fox\n", "steps": 3, "seed": 2**62, "cfg_scale": 7.5, "batch": [0, 1]}
     save_png(Image.new("RGB", (8, 8)), tmp_path / "x.png", parameters)
-    assert modal_inference.png_parameters(tmp_path / "x.png") == parameters == read_parameters(tmp_path / "x.png")
+    assert png_parameters(tmp_path / "x.png") == parameters == read_parameters(tmp_path / "x.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "y.png")
     (tmp_path / "z.png").write_bytes(b"no")
     for name in ("y.png", "z.png"):
         with pytest.raises(ValueError, match=name):
-            modal_inference.png_parameters(tmp_path / name)
+            png_parameters(tmp_path / name)
 
 
 def test_the_wire_is_that_of_the_pinned_modal():

@@ -131,7 +131,7 @@ def test_containers_that_cannot_start_end_the_run(filled):
 def test_a_thousand_pictures_are_not_held(tmp_path, monkeypatch):
     """Each is on the disk before the next is asked for, whatever the order."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # 2 seconds of them
-    pictures = modal_inference.plan_file(prompts_file(tmp_path, 1_000), {}, tmp_path / "out", "demo", False)
+    pictures, _ = modal_inference.plan_file(prompts_file(tmp_path, 1_000), {}, tmp_path / "out", "demo", False)
 
     def results() -> Iterator[dict]:
         for job, file in reversed(pictures):
@@ -165,6 +165,6 @@ def test_a_container_whose_gpu_has_failed_takes_no_more(monkeypatch, error, stop
 
 def test_what_has_no_result_has_failed(tmp_path):
     """A container that is lost does not say which picture it had."""
-    pictures = modal_inference.plan_file(prompts_file(tmp_path, 4), {}, tmp_path / "out", "demo", False)
+    pictures, _ = modal_inference.plan_file(prompts_file(tmp_path, 4), {}, tmp_path / "out", "demo", False)
     results = [{"index": 2, "png": b"x"}, {"index": 3, "error": "too large"}, RuntimeError("lost"), RuntimeError()]
     assert modal_inference.write_results(results, pictures) == {3: "too large", 1: "RuntimeError", 4: "RuntimeError"}

@@ -57,6 +57,33 @@ def measured(name: str, file: Path = gains.FILE) -> list[Measured]:
     return [*kept, *(Measured(str(e["device"]), e) for e in told if e not in known)]
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a switch saves in memory: two rows of a memory.csv, without it and with it."""
+
+    machine: str
+    file: Path
+    without: dict[str, str]
+    with_it: dict[str, str]
+
+    @property
+    def gib(self) -> tuple[float, float]:
+        return float(self.without["peak_gib"]), float(self.with_it["peak_gib"])
+
+
+def saved(name: str) -> list[Saved]:
+    """All measurements of the peak with an optimization, each beside the last row that lacks just this."""
+    found = []
+    for machine, folders in MACHINES.items():
+        for path in (RESULTS / folder / "memory.csv" for folder in folders):
+            rows = {(line["size"], gains.names_in(line["opts"])): line for line in common.read_csv(path)}
+            for (size, names), line in rows.items():
+                less = tuple(one for one in names if one.partition("=")[0] != name)
+                if less != names and (size, less) in rows:
+                    found.append(Saved(machine, path, rows[size, less], line))
+    return found
+
+
 def _family(one: Measured) -> str:
     return str(one.entry["item"]).partition("=")[0]
 

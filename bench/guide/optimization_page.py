@@ -174,7 +174,24 @@ def measured(one: Optimization) -> str:
     columns = ("", "without", "with", "times as fast", "how")
     listed = "\n".join(f"# {i}\n{line}" for i, line in enumerate(commands, 1))
     told = f"\n\n<details><summary>The commands</summary>\n\n```\n{listed}\n```\n\n</details>" if commands else ""
-    return markdown(columns, rows) + told
+    return markdown(columns, rows) + told + memory(one)
+
+
+def memory(one: Optimization) -> str:
+    """What it saves in memory, where that was measured; else nothing."""
+    rows = [
+        (
+            f"[{m.machine}]({TO_ROOT}{m.file.relative_to(ROOT)})",
+            *(f"{peak:.2f} GiB" for peak in m.gib),
+            f"`--opt {m.with_it['opts']}` beside `{m.without['opts']}`, {m.with_it['size']}x{m.with_it['size']}",
+            f"{m.without['command_s']} and {m.with_it['command_s']} s",
+        )
+        for m in facts.saved(one.name)
+    ]
+    if not rows:
+        return ""
+    columns = ("", "peak memory without", "with", "how", "the command takes")
+    return f"\n\nOf the command with one step, by `python bench/memory.py`:\n\n{markdown(columns, rows)}"
 
 
 def runs_on(one: Optimization, machine: str) -> bool:
@@ -227,12 +244,18 @@ def costs(one: Optimization, drawn: dict) -> str:
 def sheet(name: str, picture: dict) -> str:
     most = f"no colour of a pixel differs by more than {picture['largest']} of 255."
     far = "Not a byte differs." if picture["psnr_db"] is None else f"{picture['psnr_db']} dB from the plain one; {most}"
-    where = f"{picture['device']}, {picture['dtype']}, torch {picture['torch']}"
+    where = f"{_told(picture['device'])}, {picture['dtype']}, torch {picture['torch']}"
     return (
         f"![plain, with {name}, and the difference times {TIMES}](../pictures/{name}.webp)\n\n"
         f"{far} Drawn on {where}, beside the plain picture there:\n\n"
         f"```\n{command(name, picture['dtype'])}\n```"
     )
+
+
+def _told(device: str) -> str:
+    """`AMD EPYC avx_vnni avx512f` -> `AMD EPYC (avx_vnni, avx512f)`"""
+    flags = [word for word in device.split() if word.startswith(("avx", "amx"))]
+    return f"{device.partition(' ' + flags[0])[0]} ({', '.join(flags)})" if flags else device
 
 
 def hurts(doc: str, chapter: Chapter) -> str:

@@ -179,8 +179,7 @@ class Drawing:
         self.progress = progress
         self.watch = watch
         self.place = place
-        self.read: dict[str, Image.Image] = {}
-        self.prints: dict[str, str] = {}
+        self.files = NamedFiles()
 
     def batch_size(self, asked: int | None) -> int:
         """Pictures at once. Raises UserError where so many, or a single one, cannot fit into the memory there is."""
@@ -198,13 +197,21 @@ class Drawing:
         return self._draw(batch)
 
     def _draw(self, batch: Sequence[Job]) -> "list[Image.Image]":
-        origins = [self._origin(job) for job in batch]
-        images = draw_batch(self.pipe, batch, self._files(batch), origins, self.progress.step)
+        origins = [self.files.origin(job) for job in batch]
+        images = draw_batch(self.pipe, batch, self.files.pictures(batch), origins, self.progress.step)
         self.watch.add(self.pipe.times)
         return images
 
-    def _files(self, batch: Sequence[Job]) -> dict[str, "Image.Image | list[Image.Image]"]:
-        """The pictures that the jobs name: one where it is the same for all, which is encoded once."""
+
+class NamedFiles:
+    """The pictures that jobs name, each read once."""
+
+    def __init__(self):
+        self.read: dict[str, Image.Image] = {}
+        self.prints: dict[str, str] = {}
+
+    def pictures(self, batch: Sequence[Job]) -> dict[str, "Image.Image | list[Image.Image]"]:
+        """For `draw_batch`: one where it is the same for all, which is encoded once. Raises ValueError."""
         from sd.images import read
 
         named = [_named(job) for job in batch]
@@ -215,7 +222,8 @@ class Drawing:
             found[name] = self.read[files[0]] if len(set(files)) == 1 else [self.read[file] for file in files]
         return found
 
-    def _origin(self, job: Job) -> dict[str, str]:
+    def origin(self, job: Job) -> dict[str, str]:
+        """What is recorded of a job's: their names, and fingerprints by which they are found again."""
         from sd.pictures.provenance import fingerprint
 
         named = _named(job)

@@ -245,6 +245,14 @@ class Parameter:
         """Whether one of those that it stands beside is given."""
         return not self.beside or any(values[name] is not None for name in self.beside)
 
+    def words(self, value: object) -> list[str]:
+        """As the command line takes it: nothing for None, the option alone for a switch, one a value of several."""
+        if value is None or value is False:
+            return []
+        if value is True:
+            return [self.option]
+        return [f"{self.option}={one}" for one in (value if isinstance(value, tuple) else (value,))]
+
     def described(self) -> str:
         """`help` with the numbers put in."""
         low, high = (getattr(self.check, bound, None) for bound in ("low", "high"))

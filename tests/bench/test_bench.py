@@ -220,6 +220,13 @@ def test_knobs_are_no_optimizations():
     assert not rungs.Row("", ("channels-last", "deepcache=3")).exact
 
 
+def test_a_preset_leaves_out_what_the_rows_cannot_have():
+    """Its weights mapped from a file: the rows share them in memory. What somebody types is tried."""
+    cpu = torch.device("cpu")
+    assert set(rungs.parse_names("cpu", cpu)) == set(registry.PRESETS["cpu"](rungs.Machine(cpu))) - {"page-out"}
+    assert rungs.parse_names("page-out", cpu) == ["page-out"]
+
+
 def test_compiling_pays_after():
     assert speed.pays_after(0, 0.5) == 0
     assert speed.pays_after(10, 0.4) == 25
