@@ -45,11 +45,10 @@ def region_around(mask: Image.Image, padding: int, height: int, width: int) -> B
         (max(0, low - padding), min(side, high + padding))
         for low, high, side in ((found[0], found[2], mask.width), (found[1], found[3], mask.height))
     )
-    ratio = width / height
-    if (right - left) / (bottom - top) > ratio:
-        top, bottom = _widened(top, bottom, int((right - left) / ratio), mask.height)
+    if (right - left) * height > (bottom - top) * width:
+        top, bottom = _widened(top, bottom, (right - left) * height // width, mask.height)
     else:
-        left, right = _widened(left, right, int((bottom - top) * ratio), mask.width)
+        left, right = _widened(left, right, (bottom - top) * width // height, mask.width)
     return left, top, right, bottom
 
 
@@ -198,14 +197,26 @@ def _borders(inner: Box, more: tuple[int, int, int, int], inset: int) -> list[Bo
 # ---- sizes
 
 
+def upright(image: Image.Image) -> tuple[int, int]:
+    """Height and width as the picture is looked at: a camera may have stored it lying on its side."""
+    width, height = image.size
+    return (width, height) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (height, width)
+
+
 def same_shape(image: Image.Image, side: int, multiple: int) -> tuple[int, int]:
     """Height and width near image's aspect ratio, near side x side pixels in all, multiples of `multiple`."""
-    width, height = image.size
-    if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # lying on its side
-        width, height = height, width
+    height, width = upright(image)
     scale = side / math.sqrt(width * height)
     fit = [max(multiple, round(length * scale / multiple) * multiple) for length in (height, width)]
     return fit[0], fit[1]
+
+
+def other_side(height: int | None, width: int | None, shape: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Height and width, of which one is given: the other in the proportions of a shape, a multiple of `multiple`."""
+    tall, wide = shape
+    if height is None:
+        return max(multiple, round(width * tall / wide / multiple) * multiple), width
+    return height, max(multiple, round(height * wide / tall / multiple) * multiple)
 
 
 def larger_size(height: int, width: int, scale: float, multiple: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ changes: nothing adds up. That weight is read from the checkpoint's file; where 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,11 +79,20 @@ class Loras:
         gone = [self._named(name)] if name else list(self.merged.values())
         self.merged = {key: one for key, one in self.merged.items() if one not in gone}
         pipe.words.forget(word for one in gone for word in one.adapter.words if word in pipe.words.words)
-        self._merge(pipe, {layer: None for one in gone for layer in one.adapter.changes})
+        layers = {layer: None for one in gone for layer in one.adapter.changes}
+        self._merge(pipe, layers)
+        self._forget(layers.keys() - {layer for one in self.merged.values() for layer in one.adapter.changes})
 
-    def again(self, pipe: StableDiffusion) -> None:
-        """Merge all anew, after weights were read from the file."""
-        self._merge(pipe, {layer: None for one in self.merged.values() for layer in one.adapter.changes})
+    def again(self, pipe: StableDiffusion, read: Collection[str]) -> None:
+        """Merge anew where weights, as `unet.out.2.weight`, were read from the file: those are the originals now."""
+        layers = {layer: None for one in self.merged.values() for layer in one.adapter.changes if _name(layer) in read}
+        self._forget(layers)
+        self._merge(pipe, layers)
+
+    def _forget(self, layers: Iterable[Layer]) -> None:
+        for layer in layers:
+            self._kept.pop(layer, None)
+            self._from_file.discard(layer)
 
     def _named(self, name: str) -> Merged:
         if name not in self.merged:
@@ -104,9 +113,10 @@ class Loras:
 
     def _originals(self, pipe: StableDiffusion, layers: list[Layer]) -> dict[Layer, Tensor]:
         """The weights without any LoRA: from the file, or as they were when they were first changed."""
+        as_loaded = pipe.loaded_names() if pipe.source is not None else set()
         for layer in layers:
             if layer not in self._kept and layer not in self._from_file:
-                if pipe.source is not None and pipe.as_loaded([_name(layer)]):
+                if _name(layer) in as_loaded:
                     self._from_file.add(layer)
                 else:
                     self._kept[layer] = _weight(pipe, layer).detach().clone()

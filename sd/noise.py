@@ -9,7 +9,8 @@ from torch import Tensor
 class PictureNoise:
     """Gaussian noise for a batch, each picture's drawn from a CPU generator of its own.
 
-    So one seed gives one picture: on every device, alone or in any batch. Calling it returns [B, *shape].
+    So one seed gives one picture: on every device, alone or in any batch. Calling it returns [B, *shape]. Of a seed the
+    generator takes the low 32 bits, here as in diffusers: 7 and 7 + 2**32 draw the same.
     """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device, dtype: torch.dtype):

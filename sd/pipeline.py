@@ -21,7 +21,18 @@ from sd.config import Config
 from sd.controlnet import Control
 from sd.controls import ControlNets
 from sd.ddpm import predict_x0
-from sd.edits import Edit, edit, edit_pairs, larger_size, outpainted_size, outpainting, same_shape, sides
+from sd.edits import (
+    Edit,
+    edit,
+    edit_pairs,
+    larger_size,
+    other_side,
+    outpainted_size,
+    outpainting,
+    same_shape,
+    sides,
+    upright,
+)
 from sd.embeddings import Words
 from sd.guidance import Call, Conditions, Guided, from_velocity
 from sd.images import to_pil
@@ -153,6 +164,10 @@ class StableDiffusion:
         """Whether these parameters are still what was read: then the file has them too."""
         return all(now == self._loaded.get(name) for name, now in self._stamps(names).items())
 
+    def loaded_names(self) -> set[str]:
+        """All parameters that are still what was read."""
+        return {name for name, now in self._stamps().items() if now == self._loaded.get(name)}
+
     def _stamps(self, names: Collection[str] | None = None) -> dict[str, Stamp]:
         """Of each parameter, or of these, what changes when it is written to or replaced."""
         parts = {"clip": self.clip, "unet": self.unet, "vae": self.vae}
@@ -172,7 +187,7 @@ class StableDiffusion:
         """
         if applied := getattr(self, "optimizations", []):
             raise ValueError(f"the pipeline is optimized ({', '.join(applied)}): move it first, then optimize it")
-        loaded = [name for name in self._loaded if self.as_loaded([name])]
+        loaded = self.loaded_names()
         for model in (self.clip, self.unet, self.vae):
             model.to(device)
         self.device = torch.device(device)
@@ -262,8 +277,9 @@ class StableDiffusion:
 
         seed: None draws one; an integer for several prompts means seed, seed + 1, ...
         height, width: pixels, multiples of `config.size_multiple`; None is the size that the model was trained at, or
-            init_image's shape at about that area.
-        init_image: start from this picture or file, or one for each, noised by `strength`, over 0 to 1: none is left.
+            init_image's shape at about that area. Of init_image's shape one of them is enough.
+        init_image: start from this picture or file, or one for each, noised by `strength`, over 0 to 1: at 1 to the
+            first level of noise, in which next to nothing of it is left.
         mask: of init_image, white where it is drawn anew; elsewhere its own pixels stay. mask_blur: over so many pixels
             one becomes the other. mask_invert: black is drawn anew. mask_padding: only the masked part is drawn, with
             so many pixels around it, and put back into init_image, which keeps its size.
@@ -291,6 +307,8 @@ class StableDiffusion:
         edits, height, width = self._edits(
             len(prompts), init_image, mask, mask_invert, mask_blur, mask_padding, outpaint, height, width
         )
+        if latents is not None and edits:
+            raise ValueError("latents are the noise of a picture that starts from none: give them without init_image")
         self.controlnets.check(control or (), control_preprocess)
         if hires and (mask is not None or outpaint):
             raise ValueError("hires draws all of a picture again: it cannot be given with a mask or outpaint")
@@ -317,7 +335,7 @@ class StableDiffusion:
             "outpaint": outpaint and ",".join(map(str, sides(outpaint))),
             "mask_blur": mask_blur if mask is not None or outpaint else None,
             "mask_invert": mask_invert or None,
-            "mask_padding": mask_padding,
+            "mask_padding": mask_padding if mask is not None else None,
             "hires": hires,
             "hires_strength": hires_strength if hires else None,
         }
@@ -459,14 +477,19 @@ class StableDiffusion:
             raise ValueError("mask_padding draws a part of a picture, and outpaint what is around it: give one of them")
         if outpaint and len({one.size for one in images}) > 1:
             raise ValueError("pictures that grow together must be of one size")
+        padding = padding if masks else None  # of which it says how much is drawn
         side, multiple = self.config.image_size, self.config.size_multiple
-        natural = (side, side)
+        shape = natural = (side, side)
         if images and outpaint:
-            natural = outpainted_size(images[0], sides(outpaint), multiple)
+            shape = natural = outpainted_size(images[0], sides(outpaint), multiple)
         elif images and padding is None:
-            natural = same_shape(images[0], side, multiple)
+            shape, natural = upright(images[0]), same_shape(images[0], side, multiple)
         room = natural if height is None and width is None else None
-        height, width = (b if a is None else a for a, b in zip((height, width), natural, strict=True))
+        if height is None and width is None:
+            height, width = natural
+        elif images and (height is None or width is None):
+            height, width = other_side(height, width, shape, multiple)
+        height, width = (side if length is None else length for length in (height, width))
         self.config.check_size(height, width)
         pairs = edit_pairs(images, masks)
         if outpaint:

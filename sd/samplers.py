@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 OPTIONS = ("eta", "s_noise", "solver_order")
 """What a sampler may take beside its schedule; each says by its arguments which."""
 
+RANGES = {"eta": (0, 1), "s_noise": (0, 10)}
+"""From where to where the numbers among them go: beyond, a variance is negative or a picture noise."""
+
 
 # ---- what a sampler is
 
@@ -93,6 +96,9 @@ def choose(name: str, options: Mapping[str, float | None] | None = None) -> Samp
     if unknown := [key for key in given if key not in method.defaults]:
         takes = f"it takes {', '.join(method.defaults)}" if method.defaults else "it takes no such options"
         raise ValueError(f"the sampler {method.name} has no {unknown[0]}; {takes}")
+    for key, (low, high) in RANGES.items():
+        if not low <= given.get(key, low) <= high:
+            raise ValueError(f"{key} must be from {low} to {high}, not {given[key]}")
     if given.get("solver_order", 1) not in range(1, max(1, method.orders) + 1):
         raise ValueError(
             f"solver_order of {method.name} must be from 1 to {method.orders}, not {given['solver_order']}"

@@ -17,7 +17,7 @@ from tests.test_readme import DOCUMENTS, ROOT, commands
 
 ELSEWHERE = {
     r"make( image.*)?": "makes the virtual environment that the tests run in",
-    r"make (test|test-full|bench|guide).*": "CI; tests/bench/test_bench.py, tests/bench/test_guide.py",
+    r"make (test|test-full|fuzz|bench|guide).*": "CI; tests/bench/test_bench.py, tests/bench/test_guide.py",
     r"\S*python3? -m venv.*": "of Python",
     r"modal (setup|secret.*|environment.*)": "of Modal, for an account",
     r"modal (run|deploy).*": "tests/test_modal_inference.py",

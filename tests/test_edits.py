@@ -179,6 +179,37 @@ def test_regions_are_those_of_diffusers(box, padding, size):
         assert ours == VaeImageProcessor.get_crop_region(shown, size[1], size[0], padding)
 
 
+@given(st.integers(0, 60), st.integers(1, 60), st.sampled_from([(192, 704), (704, 192), (576, 448), (64, 192)]))
+@settings(deadline=None, max_examples=100)
+def test_a_region_holds_all_that_is_white(left, width, size):
+    """Of a shape that floats cannot say exactly."""
+    shown = mask(400, 300, (left + 100, 100, left + 99 + width, 131))
+    box = edits.region_around(shown, 0, *size)
+    assert (box[0] <= left + 100, box[1] <= 100) == (True, True)
+    assert (box[2] >= left + 100 + width, box[3] >= 132) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("size", "given_size", "drawn"),
+    [
+        ((64, 32), {"height": SIDE}, (2 * SIDE, SIDE)),
+        ((64, 32), {"width": 2 * SIDE}, (2 * SIDE, SIDE)),
+        ((64, 32), {"height": SIDE, "width": SIDE}, (SIDE, SIDE)),
+        ((200, 2), {"width": 2 * SIDE}, (2 * SIDE, SIDE)),
+    ],
+)
+def test_one_side_keeps_the_shape_of_the_picture(pipe, size, given_size, drawn):
+    (image,) = pipe.generate(PROMPT, steps=1, init_image=picture(*size), **given_size)
+    assert image.size == drawn
+
+
+def test_padding_says_nothing_without_a_mask(pipe):
+    draw = {"steps": 2, "seed": 3, "init_image": picture(2 * SIDE, SIDE // 2)}
+    (with_it,), (without,) = pipe.generate(PROMPT, mask_padding=8, **draw), pipe.generate(PROMPT, **draw)
+    assert np.array_equal(pixels([with_it]), pixels([without]))
+    assert with_it.info == without.info
+
+
 def test_an_inverted_mask(pipe):
     draw = {"steps": 3, "seed": 5, "height": SIDE, "width": SIDE, "init_image": picture()}
     ours = pipe.generate(PROMPT, mask=mask(), mask_invert=True, **draw)

@@ -15,6 +15,7 @@ from bench.reference.weights import TINY, TINY_SD2, write_safetensors
 from sd import inference, model_loader, optimizations
 from sd.checkpoints.lora import read_lora
 from sd.model_loader import CheckpointError
+from sd.optimizations import registry
 from sd.pictures.png import read_parameters
 from sd.pipeline import StableDiffusion
 from tests.weights import random_models
@@ -372,6 +373,52 @@ def test_beside_optimizations(checkpoint, pipe, files, names):
     pipe.remove_loras()
     untouched = StableDiffusion.load(checkpoint, device="cpu")
     assert same(weights(pipe), weights(untouched))
+
+
+@pytest.mark.parametrize("names", ["bf16", "fp16"])
+def test_undone_it_is_merged_into_the_weights_of_the_file(checkpoint, files, names):
+    """Added in half precision, which rounds the weights under it."""
+    plain, pipe = (StableDiffusion.load(checkpoint, device="cpu") for _ in range(2))
+    untouched = weights(plain)
+    plain.add_lora(files[0], 0.9)
+    optimizations.apply(pipe, names)
+    pipe.add_lora(files[0], 0.9)
+    optimizations.undo(pipe)
+    assert same(weights(pipe), weights(plain))
+    pipe.remove_loras()
+    assert same(weights(pipe), untouched)
+
+
+def test_a_switch_that_fails_leaves_it_merged(checkpoint, files, monkeypatch):
+    pipe = StableDiffusion.load(checkpoint, device="cpu")
+    pipe.add_lora(files[0], 0.9)
+    merged = weights(pipe)
+    monkeypatch.setattr(registry, "_apply_one", fails_at("kv-cache", registry._apply_one))
+    with pytest.raises(RuntimeError, match="kv-cache fails"):
+        optimizations.apply(pipe, "bf16,packed-qkv,kv-cache")
+    assert not pipe.optimizations
+    assert same(weights(pipe), merged)
+    pipe.remove_loras()
+    assert same(weights(pipe), weights(StableDiffusion.load(checkpoint, device="cpu")))
+
+
+def fails_at(name: str, apply_one):
+    def apply(choice, patch):
+        apply_one(choice, patch)
+        if choice.name == name:
+            raise RuntimeError(f"{name} fails")
+
+    return apply
+
+
+def test_weights_are_kept_no_longer_than_they_are_merged_into(files):
+    pipe = StableDiffusion(TINY, *random_models(TINY, seed=3))
+    for file in files:
+        pipe.add_lora(file)
+    pipe.remove_loras("one")
+    assert pipe.loras._kept.keys() == pipe.loras.merged["two"].adapter.changes.keys()
+    pipe.remove_loras()
+    assert not pipe.loras._kept
 
 
 def test_quantized_weights_are_refused_with_the_order_that_works(pipe, files):

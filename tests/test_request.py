@@ -114,3 +114,20 @@ def test_paths(pipe, kind, tmp_path):
     (a,) = pipe.generate("a fox", **draw, init_image=START)
     (b,) = pipe.generate("a fox", **draw, init_image=kind(tmp_path / "a.png"))
     assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sampler": "ddim", "eta": 1.5}, "eta must be from 0 to 1, not 1.5"),
+        ({"sampler": "tcd", "eta": -0.5}, "eta must be from 0 to 1, not -0.5"),
+        ({"sampler": "euler_a", "s_noise": 11}, "s_noise must be from 0 to 10, not 11"),
+        (
+            {"init_image": Image.new("RGB", (64, 64)), "latents": torch.zeros(1, 4, 8, 8)},
+            "give them without init_image",
+        ),
+    ],
+)
+def test_what_would_be_noise_or_not_used_is_refused(pipe, given, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.generate("x", steps=2, **given)

@@ -122,9 +122,9 @@ def _scale_shift(
     SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of positions and channels, x * scale + shift of its channel, then SiLU."""
-    b = tl.program_id(0)
-    rows = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
-    channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b = tl.program_id(2)
+    rows = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (rows < positions)[:, None] & (channel < channels)[None, :]
     where = b.to(tl.int64) * positions * channels + rows.to(tl.int64)[:, None] * channels + channel[None, :]
     x = tl.load(x_ptr + where, mask=inside, other=0.0).to(tl.float32)
@@ -199,7 +199,8 @@ def _group_norm_split(x: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor |
         BLOCK_P=triton.next_power_of_2(parts), BLOCK_C=triton.next_power_of_2(size), num_warps=4,
     )  # fmt: skip
     y = torch.empty_like(x)
-    grid = batch, triton.cdiv(positions, TILE["BLOCK_L"]), triton.cdiv(channels, TILE["BLOCK_C"])
+    # Positions first: of the other two dimensions CUDA takes no more than 65,535.
+    grid = triton.cdiv(positions, TILE["BLOCK_L"]), triton.cdiv(channels, TILE["BLOCK_C"]), batch
     _scale_shift[grid](x, y, scale, offset, positions, channels, SILU=silu, **TILE, num_warps=4)
     return y
 

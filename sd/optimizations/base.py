@@ -205,6 +205,22 @@ def each(function: Callable[[Tensor], Tensor], answer: Tensor | Sequence[Tensor]
     return function(answer) if isinstance(answer, Tensor) else [function(one) for one in answer]
 
 
+class ConditionalHalf:
+    """half(context [2B, S, C]) -> the conditional half, the same object for the same one, as what is kept by the text
+    wants it; None for a context that has no halves."""
+
+    def __init__(self):
+        self.context: Tensor | None = None
+        self.half: Tensor | None = None
+
+    def __call__(self, context: Tensor) -> Tensor | None:
+        if context.shape[0] % 2 == 1:
+            return None
+        if context is not self.context:
+            self.context, self.half = context, context.chunk(2)[1]
+        return self.half
+
+
 def keep(places: dict[Hashable, Tensor], key: Hashable, value: Tensor) -> None:
     """Copy to places[key], whose memory stays where it is: there captured graphs read what others of them have left."""
     place = places.get(key)
@@ -336,6 +352,7 @@ class Record:
         for part, weights in files.items():
             assign(self.parts()[part], weights)
             self.pipe.note_loaded([f"{part}.{name}" for name in weights])
+        self.pipe.loras.again(self.pipe, {f"{part}.{name}" for part, weights in files.items() for name in weights})
         if not self.patches and self._hook is not None:
             self._hook.remove()
             self._hook = None

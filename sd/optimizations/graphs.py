@@ -36,7 +36,8 @@ class Recording:
 
 def record(function: Callable, inputs: Sequence[Tensor], pool: Any = None) -> Recording:
     """Capture function(*inputs) as a CUDA graph, after calls that warm it up on a stream of their own."""
-    places = tuple(t.clone() for t in inputs)
+    with torch.inference_mode(False):  # they are written to by calls in any mode
+        places = tuple(t.clone() for t in inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

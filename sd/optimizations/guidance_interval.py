@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sd.guidance import Call
-from sd.optimizations.base import Patch, Stage, each, optimization
+from sd.optimizations.base import ConditionalHalf, Patch, Stage, each, optimization
 
 
 class GuidanceInterval:
@@ -17,8 +17,7 @@ class GuidanceInterval:
 
     def __init__(self, call: Call, low: float, high: float):
         self.call, self.low, self.high = call, low, high
-        self.context: Tensor | None = None
-        self.conditional: Tensor | None = None
+        self.half = ConditionalHalf()
 
     def inside(self, call: Call) -> bool:
         """Whether a call has both halves, or is one of a picture without guidance."""
@@ -31,14 +30,6 @@ class GuidanceInterval:
         """Whether the batch is another than at the step before."""
         return self.call.guided and self.call.step > 0 and self._holds(self.call.step - 1) != self.inside(self.call)
 
-    def half(self, context: Tensor) -> Tensor | None:
-        """The conditional half of a context, the same object for the same one; None for one that has no halves."""
-        if context.shape[0] % 2 == 1:
-            return None
-        if context is not self.context:
-            self.context, self.conditional = context, context.chunk(2)[1]
-        return self.conditional
-
     def around(self, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(x: Tensor, t: Tensor, context: Tensor, *residuals: Tensor) -> Tensor:
             anew = self._begins_or_ends()
@@ -46,7 +37,7 @@ class GuidanceInterval:
                 with self.call.halves(self.call.halves_alike, anew):
                     return predict(x, t, context, *residuals)
             with self.call.halves(alike=False, anew=anew):
-                eps = predict(x.chunk(2)[1], t, self.conditional, *(r.chunk(2)[1] for r in residuals))
+                eps = predict(x.chunk(2)[1], t, self.half(context), *(r.chunk(2)[1] for r in residuals))
             return each(lambda one: torch.cat([one, one]), eps)
 
         return forward

@@ -13,17 +13,17 @@ from sd.pipeline import StableDiffusion
 
 
 def _first(release: Sequence[Tensor], call: Callable) -> Callable:
-    def released(*inputs: Any) -> Any:
+    def released(*inputs: Any, **named: Any) -> Any:
         for weight in release:
             page_out_tensor(weight)
-        return call(*inputs)
+        return call(*inputs, **named)
 
     return released
 
 
 def _then(call: Callable, release: Sequence[Tensor]) -> Callable:
-    def called(*inputs: Any) -> Any:
-        result = call(*inputs)
+    def called(*inputs: Any, **named: Any) -> Any:
+        result = call(*inputs, **named)
         for weight in release:
             page_out_tensor(weight)
         return result

@@ -338,7 +338,6 @@ def undo(pipe: StableDiffusion) -> None:
         pipe.controlnets.as_in_files()
         del pipe.record
         pipe.optimizations = []
-        pipe.loras.again(pipe)
 
 
 def _tell(left_out: list[tuple[Choice, str]]) -> None:

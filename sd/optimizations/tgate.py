@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sd.guidance import Call
-from sd.optimizations.base import Patch, Stage, at_least, each, keep, optimization
+from sd.optimizations.base import ConditionalHalf, Patch, Stage, at_least, each, keep, optimization
 from sd.unet import BasicTransformerBlock
 
 OPEN, KEEPING, CLOSED = "open", "keeping", "closed"
@@ -26,6 +26,7 @@ class Gate:
 
     def __init__(self, call: Call, step: int):
         self.call, self.step = call, step
+        self.half = ConditionalHalf()
         self.phase = OPEN  # kept here, and not asked of the call in each module: compiled ones are made for each value
 
     def phase_of(self, call: Call) -> str:
@@ -42,7 +43,7 @@ class Gate:
                 with self.call.halves(self.call.halves_alike, anew):
                     return predict(x, t, context, *residuals)
             with self.call.halves(alike=False, anew=anew):
-                eps = predict(x.chunk(2)[1], t, context.chunk(2)[1], *(r.chunk(2)[1] for r in residuals))
+                eps = predict(x.chunk(2)[1], t, self.half(context), *(r.chunk(2)[1] for r in residuals))
             return each(lambda one: torch.cat([one, one]), eps)
 
         return forward
@@ -72,6 +73,7 @@ def half_of_controls(patch: Patch, step: int = 10) -> None:
     """Of a ControlNet, the half that is used. It attends to the text in every step: it may begin to act after the one
     that keeps."""
     gate = Gate(patch.call, step)
+    patch.also_predicts(gate.half)
     patch.around("predict", gate.around_predict)
     patch.key(gate.phase_of)
 

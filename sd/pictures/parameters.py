@@ -288,8 +288,12 @@ _ROWS = (
         Name(tuple(schedules.SCHEDULES), samplers.read_schedule),
         "at which noise levels (the sampler's own)",
     ),
-    Parameter("eta", Number(0, 1), "of samplers that draw noise: how much, {low} to {high} (the sampler's own)"),
-    Parameter("s_noise", Number(0, 10), "of samplers that draw noise: its scale (1)"),
+    Parameter(
+        "eta",
+        Number(*samplers.RANGES["eta"]),
+        "of samplers that draw noise: how much, {low} to {high} (the sampler's own)",
+    ),
+    Parameter("s_noise", Number(*samplers.RANGES["s_noise"]), "of samplers that draw noise: its scale (1)"),
     Parameter("solver_order", Whole(1, 4), "of samplers with history: how much of it (the sampler's own)"),
     Parameter(
         "prompt_syntax",

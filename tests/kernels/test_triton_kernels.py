@@ -244,3 +244,31 @@ def test_accumulate_writes_to_the_total():
     out = gpu.accumulate(linear, h, total)
     assert out is total
     assert error(out, expected) < 1e-5
+
+
+@interpreted
+def test_no_picture_is_too_large_for_a_grid(monkeypatch):
+    """Of a grid's second and third dimension CUDA takes 65,535 programs: the interpreter takes any."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: grids.append(grid)
+
+    from sd.kernels import gpu
+
+    for name in [name for name, one in vars(gpu).items() if hasattr(one, "fn") and name != "_silu"]:
+        monkeypatch.setattr(gpu, name, Kernel())
+    norm = torch.nn.GroupNorm(32, 128, device="meta")
+    x = torch.empty(8, 128, 8192, 4096, device="meta", memory_format=torch.channels_last)
+    gpu.group_norm(x, norm, silu=True)
+    gpu.upsample(x)
+    rows = torch.empty(2, 2**21, 320, device="meta")
+    gpu.add_bias(x, x, norm.bias)
+    gpu.geglu(torch.empty(2**22, 2560, device="meta"))
+    gpu.add_layer_norm(rows, torch.nn.LayerNorm(320, device="meta"), rows)
+    assert len(grids) >= 7
+    for grid in grids:
+        sizes = grid if isinstance(grid, tuple) else grid({})
+        assert max(sizes[1:], default=1) < 2**16, grids
+        assert sizes[0] < 2**31

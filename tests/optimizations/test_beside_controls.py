@@ -95,6 +95,17 @@ def test_approximate_switches_stay_near_and_see_the_control(make, net, name, par
     assert np.abs(with_control - plain).mean() < np.abs(without - plain).mean() / 2
 
 
+@pytest.mark.parametrize(
+    "names", ["kv-cache,tgate=3", "kv-cache,packed-qkv,tgate=3", "kv-cache,guidance-interval=0.0-0.5"]
+)
+def test_half_a_batch_reads_the_text_of_its_prompt(make, net, names):
+    """Keys and values of the text are kept for that half too, and made anew for another prompt."""
+    pipe, alone = make(*names.split(",")), make(names.split(",")[-1])
+    drawn(pipe, net, cfg_scale=1.0, prompt="a dog")
+    for prompt in ("a cat", "two dogs"):
+        assert apart(drawn(pipe, net, prompt=prompt), drawn(alone, net, prompt=prompt)) <= 1
+
+
 def test_every_switch_that_saves_work_is_tested_here():
     """One that wraps or stages the UNet must pass residuals on."""
     approximate = {name for name, one in registry.catalog().items() if not one.exact}
@@ -149,7 +160,7 @@ def runs(model: torch.nn.Module) -> dict:
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_what_is_done_to_the_unet_is_done_to_it(loaded, net, monkeypatch, name):
+def test_what_is_done_to_the_unet_is_done_to_it(loaded, net, monkeypatch, as_if_there_were_amx, name):
     """Class by class, whether the ControlNet comes before or after, and taken back as if nothing had been."""
     install(monkeypatch)
     monkeypatch.setattr(onednn, "MIN_WEIGHTS", 0)

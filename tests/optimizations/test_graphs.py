@@ -26,6 +26,17 @@ def assert_draws_alike(fast, plain, **changes) -> None:
     assert np.abs(pixels(fast.generate(**draw)) - pixels(plain.generate(**draw))).max() <= 1, changes
 
 
+def test_what_a_picture_has_captured_is_called_in_any_mode(make, captured):
+    """A graph's inputs are written to: also outside of the inference mode in which a picture captured it."""
+    pipe, plain = make("cuda-graph"), make()
+    assert_draws_alike(pipe, plain)
+    latents = noise(1, pipe.config.vae.z_channels, 2, 2)
+    with torch.no_grad():
+        assert relative_error(pipe.vae.decode(latents), plain.vae.decode(latents)) < 1e-6
+        ids = pipe.tokenizer(["a cat", ""], pipe.config.text.max_length)
+        assert relative_error(pipe.clip(ids), plain.clip(ids)) < 1e-6
+
+
 # ---- one call as a graph
 
 

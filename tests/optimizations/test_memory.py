@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from bench.reference.numbers import pixels
+from bench.reference.numbers import noise, pixels
 from sd.optimizations import OptimizationError
 from sd.optimizations import memory as switches
 from tests.optimizations.support import DRAW
@@ -34,3 +35,13 @@ def test_page_out_says_when_there_is_no_file_behind_the_weights(make):
         OptimizationError, match="page-out needs a CPU, and weights that are mapped from a file; these are not"
     ):
         make("page-out")
+
+
+def test_page_out_takes_arguments_by_name(loaded):
+    pipe, plain = loaded("page-out"), loaded()
+    context, latents = (
+        pipe.encode_prompts(prompts=["a cat"], negatives=None),
+        noise(1, pipe.config.vae.z_channels, 2, 2),
+    )
+    assert torch.equal(context, plain.encode_prompts(["a cat"], None))
+    assert torch.equal(pipe.vae.decode(latents=latents), plain.vae.decode(latents))

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 
 namespace sd {
@@ -28,6 +29,10 @@ public:
             if (data) munmap(data, bytes);
             bytes = (4 * numbers + (1 << 21) - 1) >> 21 << 21;
             void* fresh = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            if (fresh == MAP_FAILED) {  // no exception may leave a parallel block, and nothing can be computed
+                fprintf(stderr, "out of memory: a kernel asked for %lld bytes to work in\n", (long long)bytes);
+                abort();
+            }
             data = static_cast<float*>(fresh);
             madvise(data, bytes, MADV_HUGEPAGE);  // 36 streams a large stride apart would miss the TLB in small pages
         }

@@ -52,7 +52,7 @@ def test_the_guide_tells_it_beside_what_lacks_just_this(monkeypatch, tmp_path):
     monkeypatch.setattr(optimization_page, "ROOT", tmp_path)
     assert [m.gib for m in facts.saved("page-out")] == [(6.5, 5.5)]
     assert [m.gib for m in facts.saved("vae-tiling")] == [(8.0, 5.0)]
-    assert facts.saved("cpu") == []
+    assert facts.saved("winograd") == []
     said = optimization_page.memory(optimizations.catalog()["page-out"])
     assert "6.50 GiB | 5.50 GiB | `--opt page-out` beside `none`, 512x512 | 30 and 31 s" in said
     assert optimization_page.memory(optimizations.catalog()["winograd"]) == ""
