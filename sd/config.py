@@ -80,6 +80,15 @@ class VAEConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
 
+DTYPES = ("float32", "float16", "bfloat16")
+"""What weights can be in, as torch calls it."""
+
+
+def dtype_name(text: str) -> str:
+    """As torch calls it: fp16, bf16 and fp32 are what everybody says."""
+    return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(text, text)
+
+
 PREDICTIONS = ("eps", "v")
 
 

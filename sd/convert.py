@@ -18,6 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+if __name__ == "__main__":
+    # Python has put sd/ itself first, where config.py and images.py could shadow other packages.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import torch
 from safetensors import SafetensorError
 
@@ -27,11 +31,10 @@ from sd.checkpoints.folders import write_folder
 from sd.checkpoints.layouts import PREFIXES
 from sd.checkpoints.saving import write_model
 from sd.checkpoints.shrinking import on_bus_error
-from sd.config import PREDICTIONS, Config
+from sd.config import DTYPES, PREDICTIONS, Config, dtype_name
 from sd.printable import Printable, printable
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-DTYPES = ("float16", "bfloat16", "float32")
 
 
 def convert(
@@ -106,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m sd.convert", description=__doc__.split("\n", 1)[0])
     parser.add_argument("source", metavar="IN", type=Path, help=".safetensors, .ckpt, an index, or a diffusers folder")
     parser.add_argument("target", metavar="OUT", type=Path, help="a .safetensors file, or the name of a new folder")
-    parser.add_argument("--dtype", choices=DTYPES, help="of all weights (as they are stored)")
+    parser.add_argument("--dtype", type=dtype_name, choices=DTYPES, help="of all weights (as they are stored)")
     parser.add_argument("--ema", action="store_true", help="write the averaged UNet of a file that holds both")
     parser.add_argument("--vae", type=Path, metavar="FILE", help="take the autoencoder from this file or folder")
     parser.add_argument(

@@ -41,7 +41,7 @@ from sd.nearest import there_are
 from sd.noise import PictureNoise
 from sd.prompt_steps import over_steps
 from sd.prompts import cut, loras, padded, tokenize, weighted
-from sd.request import broadcast, check_ranges, finite, given_latents, if_given, pictures, whole
+from sd.request import broadcast, check_ranges, finite, given_latents, if_given, pictures, read_dtype, whole
 from sd.samplers import Sampler
 from sd.schedules import Schedule
 from sd.start import Blend, Start, for_inpainting, from_picture
@@ -131,19 +131,21 @@ class StableDiffusion:
         cls,
         ckpt: str | os.PathLike | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         ema: bool = False,
         prediction: str | None = None,
         vae: str | os.PathLike | None = None,
     ) -> "StableDiffusion":
         """Load a checkpoint of Stable Diffusion 1.x or 2.x; `find_checkpoint` names the default.
 
-        .safetensors or .ckpt in the original layout, or a folder as diffusers writes it. dtype defaults to fp16 on CUDA
-        and fp32 elsewhere. prediction: "eps" or "v", where the file does not say what its UNet was trained for. vae: a
-        file or folder that holds the autoencoder to use. Raises FileNotFoundError or model_loader.CheckpointError.
+        .safetensors or .ckpt in the original layout, or a folder as diffusers writes it. dtype, also by its name,
+        defaults to fp16 on CUDA and fp32 elsewhere. prediction: "eps" or "v", where the file does not say what its UNet
+        was trained for. vae: a file or folder that holds the autoencoder to use. Raises FileNotFoundError, ValueError
+        or model_loader.CheckpointError.
         """
         device = torch.device(device) if device is not None else default_device()
-        asked_for, dtype = dtype is not None, dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+        usual = torch.float16 if device.type == "cuda" else torch.float32
+        asked_for, dtype = dtype is not None, usual if dtype is None else read_dtype(dtype)
         path = Path(ckpt or find_checkpoint())
         if path == DEMO_CHECKPOINT:
             log.info(DEMO_NOTICE)

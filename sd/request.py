@@ -7,9 +7,11 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+import torch
 from PIL import Image
 from torch import Tensor
 
+from sd.config import dtype_name
 from sd.images import read
 from sd.noise import PictureNoise
 
@@ -117,3 +119,11 @@ def given_latents(latents: Tensor, noise: PictureNoise) -> Tensor:
     if list(latents.shape) != shape:
         raise ValueError(f"latents are {list(latents.shape)}, not {shape}")
     return latents.to(noise.device, noise.dtype)
+
+
+def read_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """torch.float16, "float16" or "fp16". Raises ValueError for what is none that weights can be in."""
+    found = getattr(torch, dtype_name(dtype), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be torch.float32, torch.float16 or torch.bfloat16, or its name, not {dtype!r}")
+    return found

@@ -369,6 +369,6 @@ def test_the_command_draws_and_draws_again(tmp_path, tiny_checkpoint, monkeypatc
     assert inference.main(["--from-png", "a.png", *shared, "--out", "b.png"]) == 2
     assert "name that file with --mask" in capsys.readouterr().err
     assert inference.main(["--prompt", "a fox", *size, "--mask", "mask.png"]) == 2
-    assert "init_image names that picture" in capsys.readouterr().err
+    assert "it needs init_image, that picture" in capsys.readouterr().err
     assert inference.main(["--prompt", "a fox", *size, "--init-image", "start.png", "--mask", "none.png"]) == 2
     assert "--mask: none.png cannot be read as a picture" in capsys.readouterr().err

@@ -24,7 +24,9 @@ def on_shapes(name: str) -> list[Row]:
 
 
 def of(pipe: StableDiffusion, name: str, text: str, recorded: Mapping) -> tuple[list[Row], list[Row]]:
-    """(before, after) of one optimization, modules alike in a row. pipe: SD 1.5 without weights."""
+    """(before, after) of one optimization, modules alike in a row, both of one model. pipe: SD 1.5 without weights."""
+    if name in BY_THE_DEMO_MODEL:
+        pipe = work.demo(recorded.get(name, {}).get("dtype", "float32"))
     before = list(work.explain(pipe).rows)
     if needs_a_machine(name):
         after = [

@@ -59,7 +59,7 @@ def head(one: Optimization, chapter: Chapter, around: tuple[str, str]) -> str:
     ways_on = " | ".join(
         filter(
             None,
-            (f"before it: {before}" * bool(before), "[The guide](../README.md)", f"after it: {after}" * bool(after)),
+            (f"Previous: {before}" * bool(before), "[The guide](../README.md)", f"Next: {after}" * bool(after)),
         )
     )
     return f"# {one.name}\n\n{ways_on}\n\n{chapter.sentence}\n\n{facts_of_it}"

@@ -15,7 +15,7 @@ from sd.models import build
 from sd.optimizations.base import Record
 from sd.optimizations.explain import Row, explain
 from sd.optimizations.registry import read
-from sd.pipeline import StableDiffusion
+from sd.pipeline import DEMO_CHECKPOINT, StableDiffusion
 
 STEPS, SIDE = 50, 64
 
@@ -23,6 +23,12 @@ STEPS, SIDE = 50, 64
 def plain() -> StableDiffusion:
     """SD 1.5 without weights."""
     return StableDiffusion(SD15, *build(SD15))
+
+
+@functools.cache
+def demo(dtype: str) -> StableDiffusion:
+    """The demo model, plain, to be explained."""
+    return StableDiffusion.load(DEMO_CHECKPOINT, "cpu", getattr(torch, dtype))
 
 
 @contextmanager

@@ -35,6 +35,8 @@ def fp16(patch: Patch) -> None:
 
     Helps: half the memory, and the tensor cores' full rate. Hurts: on CPUs, where it is far slower than fp32.
     """
+    if patch.pipe.device.type == "cpu":
+        log.warning("fp16 is many times slower than fp32 on a CPU")
     _cast(patch, torch.float16)
 
 

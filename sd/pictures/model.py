@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sd.config import PREDICTIONS
+from sd.config import DTYPES, PREDICTIONS, dtype_name
 from sd.nearest import there_are
 from sd.pictures.parameters import UserError
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEVICES = ("cuda", "cuda:0", "mps", "cpu")
-DTYPES = ("float32", "float16", "bfloat16")
 SHORT = ("cpu-bf16", "cpu-int8")  # the optimizations that pack short numbers from the weights
 
 
@@ -46,7 +45,7 @@ def add_model_options(add: Callable[..., object]) -> None:
     add("--ema", action="store_true", help="use the averaged weights of a file that holds both")
     add("--prediction", choices=PREDICTIONS, help="what the UNet was trained for (what the file says, else eps)")
     add("--device", help="cuda, mps or cpu (the best there is)")
-    add("--dtype", choices=DTYPES, help="(float16 on CUDA, bfloat16 on a CPU with AMX, else float32)")
+    add("--dtype", type=dtype_name, choices=DTYPES, help="(float16 on CUDA, bfloat16 on a CPU with AMX, else float32)")
     add("--load-quantized", type=Path, metavar="FILE", help="weights that --save-quantized wrote")
 
 
@@ -137,6 +136,8 @@ class ModelChoice:
         """Raises UserError for a LoRA, an embedding or an autoencoder that is not there."""
         self.loras()
         self.embeddings()
+        if self.ckpt and not self.ckpt.exists():
+            raise UserError(f"--ckpt: there is no file {self.ckpt}")
         if self.vae and not self.vae.exists():
             raise UserError(f"--vae: there is no file {self.vae}")
         if self.lora_dir and not self.lora_dir.is_dir():
@@ -153,6 +154,8 @@ class ModelChoice:
         dtype = self.dtype and getattr(torch, self.dtype)
         if not self._on_cpu():
             return dtype
+        if self.dtype == "float16":
+            log.warning("float16 is many times slower than float32 on a CPU: leave --dtype out")
         if self.load_quantized:
             from sd.optimizations.quantized_files import scheme_of
 
@@ -282,7 +285,8 @@ def _has_short_products() -> bool:
         return True
     if has_bf16():
         return False
-    raise UserError("bfloat16 is up to 10 times slower than float32 on this CPU, which has neither AMX nor AVX512-BF16")
+    slow = "bfloat16 is up to 10 times slower than float32 on this CPU, which has neither AMX nor AVX512-BF16"
+    raise UserError(f"{slow}: leave --dtype out")
 
 
 def facts_of(pipe: "StableDiffusion") -> dict[str, object]:

@@ -31,6 +31,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def _meant(self, message: str) -> str:
         """What is spelled like an option that there is not, or like a value that it does not take."""
+        if re.fullmatch(r"unrecognized arguments: [^-].*", message) and "--prompt" in self._option_string_actions:
+            return "; a prompt is --prompt TEXT, in quotes"
         if match := re.fullmatch(r"unrecognized arguments: (?:.* )?(--?[a-z][\w-]*)\b.*", message):
             return is_it(match[1], self._option_string_actions)
         match = re.fullmatch(r"argument (?:\S+/)?(--[\w-]+): invalid choice: '(.*)' \(choose from .*\)", message)
@@ -440,11 +442,11 @@ def check_together(where: str, values: Mapping[str, object]) -> None:
     """Whether the sampler takes its options and so many steps, and brackets in prompts make sense. Raises UserError."""
     try:
         if values.get("mask") and not values.get("init_image"):
-            raise ValueError("mask says which part of a picture is drawn anew: init_image names that picture")
+            raise ValueError("mask says which part of a picture is drawn anew: it needs init_image, that picture")
         if values.get("control_preprocess"):
             hints.one_each(values["control_preprocess"], len(values.get("control") or [""]))
         if values.get("outpaint") and not values.get("init_image"):
-            raise ValueError("outpaint says how a picture grows: init_image names that picture")
+            raise ValueError("outpaint says how a picture grows: it needs init_image, that picture")
         if values.get("hires") and (values.get("mask") or values.get("outpaint")):
             raise ValueError("hires draws all of a picture again: it cannot be given with mask or outpaint")
         if values.get("mask_padding") is not None and values.get("outpaint"):

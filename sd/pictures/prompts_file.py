@@ -1,5 +1,7 @@
-"""Files of prompts, as text or JSON: told by what they hold. Needs no torch."""
+"""Files of prompts, as text, JSON or tables: told by what they hold. Needs no torch."""
 
+import csv
+import io
 import json
 import os
 import re
@@ -25,11 +27,14 @@ class Entry(NamedTuple):
 def read_prompts(path: str | os.PathLike) -> list[Entry]:
     """The prompts of a UTF-8 file, "-" for standard input: one a line, or JSON, which is told by how it begins.
 
-    JSON is an object of parameters a line, or an array of them and of prompts. Empty lines are skipped. Files that
-    parameters name are those beside the file. Raises UserError, naming the file and the line, for what cannot be read.
+    JSON is an object of parameters a line, or an array of them and of prompts. A .csv file has a picture a row, and its
+    first row names the parameters. Empty lines are skipped. Files that parameters name are those beside the file.
+    Raises UserError, naming the file and the line, for what cannot be read.
     """
     path = Path(path)
     text, name = _text_of(path), "standard input" if str(path) == "-" else str(path)
+    if path.suffix.lower() == ".csv":
+        return [_beside(path, entry) for entry in _rows(name, text)]
     lines = [(f"{name} line {number}", line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
     lines = [(where, line) for where, line in lines if line]
     if not lines:
@@ -82,6 +87,37 @@ def _json_document(name: str, text: str) -> list[Entry] | None:
     if not entries:
         raise UserError(f"--prompts-file: {name} holds no prompt")
     return entries
+
+
+def _rows(name: str, text: str) -> list[Entry]:
+    """Of a table, as spreadsheets write it: an empty cell says nothing."""
+    rows, entries = csv.DictReader(io.StringIO(text, newline=""), strict=True), []
+    try:
+        for row in rows:
+            where = f"{name} line {rows.line_num}"
+            if None in row:
+                raise UserError(f"{where}: more cells than the first row has names")
+            cells = {key.strip(): (cell or "").strip() for key, cell in row.items()}
+            if cells := {key: _typed(key, cell) for key, cell in cells.items() if cell}:
+                entries.append(Entry(where, _parameters(where, cells)))
+    except csv.Error as error:
+        raise UserError(f"{name} line {rows.line_num}: no table ({error})") from None
+    if not entries:
+        raise UserError(f"--prompts-file: {name} holds no prompt")
+    return entries
+
+
+def _typed(name: str, cell: str) -> object:
+    """A cell as its parameter's type, where it looks like one; the others' check says what is wrong."""
+    kind = PARAMETERS[name].check.kind if name in PARAMETERS else str
+    if kind is bool:
+        return {"true": True, "false": False}.get(cell.lower(), cell)
+    if kind is str or not re.fullmatch(r"[+-]?[\d.]+([eE][+-]?\d+)?", cell):
+        return cell
+    try:
+        return int(cell) if kind is int and cell.lstrip("+-").isdecimal() and len(cell) < 30 else float(cell)
+    except ValueError:
+        return cell
 
 
 def _json_line(where: str, line: str) -> dict[str, object]:

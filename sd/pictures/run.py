@@ -1,24 +1,27 @@
 """One run of the command line: what it is asked to draw, and the pictures that this comes to. No model, no torch."""
 
 import logging
+import re
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sd.config import DTYPES
 from sd.nearest import there_are
 from sd.pictures.controls import controls_again, read_control
 from sd.pictures.files import DEFAULT, Pictures, left_to_draw, named
 from sd.pictures.formats import read_foreign, read_parameters
-from sd.pictures.model import DTYPES, ModelChoice
+from sd.pictures.model import ModelChoice
 from sd.pictures.parameters import PARAMETERS, UserError, checked, recorded
 from sd.pictures.plan import Job, Picture, Plan, plan
 from sd.pictures.prompts_file import Entry, read_prompts
 from sd.pictures.provenance import embeddings_again, file_again, loras_again, vae_again
 from sd.pictures.saving import STDOUT, Save, to_file, to_new_file, to_stdout
 from sd.pictures.watching import Watching
+from sd.printable import printable
 from sd.samplers import OPTIONS
 
 log = logging.getLogger(__name__)
@@ -82,12 +85,14 @@ def recalled(run: Run, model: ModelChoice) -> tuple[Run, ModelChoice, dict[str, 
         said = _said_by(run.from_png)
     except ValueError as error:
         raise UserError(f"--from-png: {str(error).removeprefix(f'{run.from_png} ')} ({run.from_png})") from None
-    known = checked(str(run.from_png), {one.name: said.get(one.name) for one in recorded()})
+    given = {name: value for name, value in run.parameters.items() if value is not None}
+    if isinstance(said.get("prompt"), dict):
+        raise UserError(f"--from-png: it is ComfyUI's, whose workflows are not read ({run.from_png})")
+    known = checked(str(run.from_png), {one.name: said.get(one.name) for one in recorded() if one.name not in given})
     if "prompt" not in known:
         raise UserError(f"{run.from_png}: prompt is missing")
     if said.get("quantized") and not model.load_quantized:
         raise UserError(f"the picture was drawn with {said['quantized']}; name it with --load-quantized")
-    given = {name: value for name, value in run.parameters.items() if value is not None}
     if "sampler" in given:  # what was the other's is not this one's
         known = {name: value for name, value in known.items() if name not in ("schedule", *OPTIONS)}
     for one in (one for one in recorded() if one.file and one.name in known and one.name not in given):
@@ -155,7 +160,7 @@ def pictures_of(run: Run) -> Pictures:
     shared = checked("", run.parameters)
     first_seed = shared.pop("seed", 0 if run.prompts_file else secrets.randbelow(2**32))
     jobs = plan(_entries(run), shared, first_seed)
-    for line in ignored(run.parameters, jobs.firsts):
+    for line in (*ignored(run.parameters, jobs.firsts), *other_syntax(jobs.firsts)):
         log.warning("%s", line)
     pictures = _named(run, jobs)
     next(pictures.windows(), None)  # what is wrong with the first names is told now
@@ -165,7 +170,7 @@ def pictures_of(run: Run) -> Pictures:
 def _named(run: Run, jobs: Plan) -> Pictures:
     """With files that are the run's own: unless --out names them, of random pictures such as are not there yet."""
     many = len(jobs) > 1 or run.prompts_file is not None
-    if run.out == STDOUT and many:
+    if run.out == STDOUT and len(jobs) > 1:
         raise UserError("--out -: standard output takes one picture")
     if run.out == STDOUT and sys.stdout.isatty():
         raise UserError("--out -: standard output is a terminal; redirect it to a file or a program")
@@ -194,6 +199,17 @@ def ignored(given: Mapping[str, object], jobs: Sequence[Job]) -> Iterator[str]:
         yield "--negative-prompt changes nothing where --cfg-scale is 1"
 
 
+THEIRS = re.compile(r"<lora:[^<>]+>|\(\(|\[\[|\[[^\[\]]*:[^\[\]]*:\s*[\d.]+\s*\]|\[[^\[\]|]+\|[^\[\]]+\]")
+"""What AUTOMATIC1111's web UI reads, and nobody writes who means these signs."""
+
+
+def other_syntax(jobs: Iterable[Job]) -> Iterator[str]:
+    """That prompts look like another program's, where nobody has said which syntax is theirs."""
+    texts = (text for job in jobs if job.prompt_syntax is None for text in (job.prompt, job.negative_prompt))
+    if found := next(filter(None, map(THEIRS.search, texts)), None):
+        yield f"{printable(found[0])} is read as text; --prompt-syntax a1111 reads it as AUTOMATIC1111's web UI does"
+
+
 def _entries(run: Run) -> list[Entry]:
     if run.prompts_file:
         return read_prompts(run.prompts_file)
@@ -201,10 +217,23 @@ def _entries(run: Run) -> list[Entry]:
 
 
 def not_there_yet(pictures: list[Picture], run: Run, same: Mapping[str, object], several: bool) -> list[Picture]:
-    """Of several pictures, those to draw on a second run. Raises UserError where another picture has the name."""
-    if run.overwrite or not several:
+    """Of several pictures, those to draw on a second run; a single one is drawn again. Raises UserError where another
+    picture has the name, or somebody's file."""
+    if run.overwrite:
+        return pictures
+    if not several:
+        for _, file in pictures:
+            if run.out not in (None, STDOUT) and file.is_file() and not _is_ours(file):
+                raise UserError(f"{file} is there, and no picture of this program; --overwrite, or another --out")
         return pictures
     return left_to_draw(pictures, read_parameters, same, ignore=["seed"] if run.random_seeds else [])
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        return bool(read_parameters(file))
+    except (OSError, ValueError):
+        return False
 
 
 def check_init_images(jobs: Sequence[Job]) -> None:

@@ -79,4 +79,4 @@ def notice(pipe: "StableDiffusion", jobs: Iterable[Job]) -> str:
         for word, others in near(pipe, words[:MOST]).items()
     )
     more = f" and {len(words) - MOST} others" if len(words) > MOST else ""
-    return f"the model has not learned {', '.join(named)}{more}: what it draws for them means nothing"
+    return f"the model has not learned {', '.join(named)}{more}, and draws something else for them"

@@ -66,7 +66,7 @@ def test_the_command_says_it_in_one_line(tmp_path, caplog, monkeypatch):
     assert inference.main([*draw, "--prompt", "a lighthouse", "--prompt", "a fox", *many]) == 0
     (line,) = [line for line in caplog.messages if "has not learned" in line]
     assert line.startswith("the model has not learned 'lighthouse' (near: house, light), ")
-    assert line.endswith(" and 1 others: what it draws for them means nothing")
+    assert line.endswith(" and 1 others, and draws something else for them")
     caplog.clear()
     assert inference.main([*draw, "--overwrite", "--prompt", "a red apple"]) == 0
     assert "has not learned" not in caplog.text

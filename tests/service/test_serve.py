@@ -196,7 +196,7 @@ def picture(width: int, height: int) -> str:
         ({"prompt": "x", "seed": -1}, "seed must be from 0"),
         ({"prompt": "x", "seed": 2**63 - 1, "num_images": 2}, "seed must be from 0"),
         ({"prompt": "x", "sampler": "magic"}, "there are ddpm, ddim"),
-        ({"prompt": "x", "mask": "/etc/hostname"}, "init_image names that picture"),
+        ({"prompt": "x", "mask": "/etc/hostname"}, "it needs init_image, that picture"),
         ({"prompt": "x", "init_image": picture(8, 8), "mask": "/etc/hostname"}, "mask is not base64"),
         ({"prompt": "x", "init_image": picture(8, 8), "outpaint": "4000,0,0,0"}, "outpaint: at most"),
         ({"prompt": "x", "hires": 4, "width": 64}, "hires makes 256 pixels of a side, and at most"),
