@@ -150,9 +150,14 @@ def sides(text: str | Sequence[int]) -> tuple[int, int, int, int]:
 
 def outpainted_size(image: Image.Image, more: tuple[int, int, int, int], multiple: int) -> tuple[int, int]:
     """Height and width to draw a picture at that grows by so much: rounded up to what the model can draw."""
-    left, top, right, bottom = more
     width, height = to_rgb(image).size
-    return tuple(-(-side // multiple) * multiple for side in (height + top + bottom, width + left + right))
+    return tuple(-(-side // multiple) * multiple for side in canvas_size(height, width, more))
+
+
+def canvas_size(height: int, width: int, more: tuple[int, int, int, int]) -> tuple[int, int]:
+    """Height and width of a picture, upright, with what it grows by."""
+    left, top, right, bottom = more
+    return height + top + bottom, width + left + right
 
 
 def outpainting(

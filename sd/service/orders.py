@@ -87,8 +87,8 @@ def read_order(body: bytes, limits: Limits, config: Config, offers: Offers = Off
         jobs = _plan(given | dict.fromkeys(uploads, "upload"), limits)
         offers.check_loras(jobs)
         read = [read_upload(name, upload) for name, upload in uploads.items()]
-        if "outpaint" in given and not {"height", "width"} & set(given):
-            _check_growth(next(one for one in read if one.name == "init_image"), given["outpaint"], limits)
+        if "outpaint" in given:
+            _check_growth(next(one for one in read if one.name == "init_image"), given, limits, config)
         origin = {key: value for one in read for key, value in one.said().items()}
         return Order(jobs, read, origin, opt, preview, _size(jobs, config))
     except (ValueError, UserError) as error:
@@ -142,11 +142,18 @@ def _check_size(given: Mapping[str, object], limits: Limits, config: Config) -> 
         raise ValueError(f"hires makes {largest:g} pixels of a side, and at most {limits.max_side} are drawn here")
 
 
-def _check_growth(image: Upload, sides: str, limits: Limits) -> None:
-    left, top, right, bottom = (int(n) for n in sides.split(","))
+def _check_growth(image: Upload, given: Mapping[str, object], limits: Limits, config: Config) -> None:
+    """The canvas is made whatever is drawn of it. A side that is not given is the canvas's, rounded up."""
+    from sd.edits import canvas_size, sides  # which import torch
+
     width, height = image.size
-    if max(width + left + right, height + top + bottom) > limits.max_side:
-        raise ValueError(f"outpaint: at most {limits.max_side} pixels of a side are drawn here")
+    canvas = canvas_size(height, width, sides(given["outpaint"]))
+    drawn = [
+        given.get(name) or -(-side // config.size_multiple) * config.size_multiple
+        for name, side in zip(("height", "width"), canvas, strict=True)
+    ]
+    if (largest := max(*canvas, *drawn)) > limits.max_side:
+        raise ValueError(f"outpaint: at most {limits.max_side} pixels of a side are drawn here, not {largest}")
 
 
 def _plan(given: Mapping[str, object], limits: Limits) -> Sequence[Job]:

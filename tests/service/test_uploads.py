@@ -12,7 +12,7 @@ from PIL import Image
 from sd.config import Config
 from sd.service import uploads
 from sd.service.app import create_app
-from sd.service.orders import Limits, read_order
+from sd.service.orders import Limits, Order, read_order
 from sd.service.uploads import read_upload
 from sd.service.worker import FailedError
 from tests.service.support import JSON, NDJSON, InstantPipe, WaitingPipe, event, serving
@@ -76,6 +76,32 @@ def test_the_size_is_that_of_the_upright_picture():
     assert read_order(json.dumps(order).encode(), Limits(), Config()).uploads[0].size == (50, 100)
     with pytest.raises(FailedError, match="outpaint: at most"):
         read_order(json.dumps(order | {"outpaint": "0,0,0,960"}).encode(), Limits(), Config())
+
+
+def ordered(size: tuple[int, int], limits: Limits = Limits(), **asked: object) -> Order:  # noqa: B008 (frozen)
+    """size: width and height of the picture."""
+    body = {"prompt": "x", "init_image": in_base64(Image.new("L", size)), **asked}
+    return read_order(json.dumps(body).encode(), limits, Config())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"outpaint": "0,99999,99999,0", "height": 64},
+        {"outpaint": "0,0,60000,0", "height": 64},
+        {"outpaint": "0,60000,0,0", "width": 64},
+        {"outpaint": "0,60000,0,0", "height": 64, "width": 64},
+    ],
+)
+def test_a_canvas_has_the_same_limit_whatever_size_is_asked_for(asked):
+    with pytest.raises(FailedError, match=r"^outpaint: at most 1024 pixels of a side are drawn here, not \d+$"):
+        ordered((64, 64), **asked)
+
+
+def test_a_canvas_is_drawn_no_larger_than_the_limit_when_it_is_rounded_up():
+    with pytest.raises(FailedError, match="outpaint: at most 1000 pixels of a side are drawn here, not 1024"):
+        ordered((900, 900), Limits(max_side=1000), outpaint="80,0,0,0")
+    assert ordered((900, 900), Limits(max_side=1000), outpaint="60,0,0,0", height=512, width=512)
 
 
 def test_no_pixel_is_decoded_for_an_order(monkeypatch):
