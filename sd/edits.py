@@ -151,7 +151,7 @@ def sides(text: str | Sequence[int]) -> tuple[int, int, int, int]:
 def outpainted_size(image: Image.Image, more: tuple[int, int, int, int], multiple: int) -> tuple[int, int]:
     """Height and width to draw a picture at that grows by so much: rounded up to what the model can draw."""
     width, height = to_rgb(image).size
-    return tuple(-(-side // multiple) * multiple for side in canvas_size(height, width, more))
+    return rounded_up(canvas_size(height, width, more), multiple)
 
 
 def canvas_size(height: int, width: int, more: tuple[int, int, int, int]) -> tuple[int, int]:
@@ -208,9 +208,17 @@ def same_shape(image: Image.Image, side: int, multiple: int) -> tuple[int, int]:
     width, height = image.size
     if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # lying on its side
         width, height = height, width
-    scale = side / math.sqrt(width * height)
-    fit = [max(multiple, round(length * scale / multiple) * multiple) for length in (height, width)]
-    return fit[0], fit[1]
+    return near_area(height, width, side, multiple)
+
+
+def near_area(height: int, width: int, side: int, multiple: int) -> tuple[int, int]:
+    """Height and width near that aspect ratio, near side x side pixels in all, multiples of `multiple`."""
+    return larger_size(height, width, side / math.sqrt(width * height), multiple)
+
+
+def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Each side to the next that the model can draw."""
+    return tuple(-(-side // multiple) * multiple for side in size)
 
 
 def larger_size(height: int, width: int, scale: float, multiple: int) -> tuple[int, int]:

@@ -83,12 +83,10 @@ def read_order(body: bytes, limits: Limits, config: Config, offers: Offers = Off
         opt = () if opt is None else offers.chosen(opt)
         preview = None if preview is None else Whole(1, 1000)("preview", preview)
         given = _checked(values, limits)
-        _check_size(given, limits, config)
         jobs = _plan(given | dict.fromkeys(uploads, "upload"), limits)
         offers.check_loras(jobs)
         read = [read_upload(name, upload) for name, upload in uploads.items()]
-        if "outpaint" in given:
-            _check_growth(next(one for one in read if one.name == "init_image"), given, limits, config)
+        _check_size(given, next((one for one in read if one.name == "init_image"), None), limits, config)
         origin = {key: value for one in read for key, value in one.said().items()}
         return Order(jobs, read, origin, opt, preview, _size(jobs, config))
     except (ValueError, UserError) as error:
@@ -132,28 +130,36 @@ def check_limit(name: str, value: object, limits: Limits) -> None:
         raise ValueError(f"{name} must be at most {most} here, not {shown(value)}")
 
 
-def _check_size(given: Mapping[str, object], limits: Limits, config: Config) -> None:
-    side = config.image_size
-    height, width = given.get("height", side), given.get("width", side)
+def _check_size(given: Mapping[str, object], image: Upload | None, limits: Limits, config: Config) -> None:
+    """What is drawn, whoever chooses its size, and what is made on the way. image: `init_image`. Raises ValueError."""
+    from sd.edits import canvas_size, larger_size, sides  # which import torch
+
+    most = limits.max_side
+    if image and "outpaint" in given:  # the canvas is made whatever is drawn of it
+        width, height = image.size
+        if (largest := max(canvas_size(height, width, sides(given["outpaint"])))) > most:
+            raise ValueError(f"outpaint: at most {most} pixels of a side are drawn here, not {largest}")
+    height, width = _drawn_size(given, image, config)
     config.check_size(height, width)
-    if max(height, width) > limits.max_side:
-        raise ValueError(f"at most {limits.max_side} pixels of a side are drawn here: give height and width")
-    if (largest := max(height, width) * given.get("hires", 1)) > limits.max_side:
-        raise ValueError(f"hires makes {largest:g} pixels of a side, and at most {limits.max_side} are drawn here")
+    if max(height, width) > most:
+        found = f"{height}x{width} (height x width)"
+        raise ValueError(f"at most {most} pixels of a side are drawn here, not {found}: give height and width")
+    if (largest := max(larger_size(height, width, given.get("hires", 1), config.size_multiple))) > most:
+        raise ValueError(f"hires makes {largest} pixels of a side, and at most {most} are drawn here")
 
 
-def _check_growth(image: Upload, given: Mapping[str, object], limits: Limits, config: Config) -> None:
-    """The canvas is made whatever is drawn of it. A side that is not given is the canvas's, rounded up."""
-    from sd.edits import canvas_size, sides  # which import torch
+def _drawn_size(given: Mapping[str, object], image: Upload | None, config: Config) -> tuple[int, int]:
+    """Height and width: where they are not given, those that the pipeline chooses for this picture, or for none."""
+    from sd.edits import canvas_size, near_area, rounded_up, sides
 
-    width, height = image.size
-    canvas = canvas_size(height, width, sides(given["outpaint"]))
-    drawn = [
-        given.get(name) or -(-side // config.size_multiple) * config.size_multiple
-        for name, side in zip(("height", "width"), canvas, strict=True)
-    ]
-    if (largest := max(*canvas, *drawn)) > limits.max_side:
-        raise ValueError(f"outpaint: at most {limits.max_side} pixels of a side are drawn here, not {largest}")
+    natural = (config.image_size, config.image_size)
+    if image and "outpaint" in given:
+        width, height = image.size
+        natural = rounded_up(canvas_size(height, width, sides(given["outpaint"])), config.size_multiple)
+    elif image and "mask_padding" not in given:
+        width, height = image.size
+        natural = near_area(height, width, config.image_size, config.size_multiple)
+    return given.get("height", natural[0]), given.get("width", natural[1])
 
 
 def _plan(given: Mapping[str, object], limits: Limits) -> Sequence[Job]:
