@@ -149,9 +149,14 @@ def sides(text: str | Sequence[int]) -> tuple[int, int, int, int]:
 
 def outpainted_size(image: Image.Image, more: tuple[int, int, int, int], multiple: int) -> tuple[int, int]:
     """Height and width to draw a picture at that grows by so much: rounded up to what the model can draw."""
-    left, top, right, bottom = more
     width, height = to_rgb(image).size
-    return tuple(-(-side // multiple) * multiple for side in (height + top + bottom, width + left + right))
+    return rounded_up(canvas_size(height, width, more), multiple)
+
+
+def canvas_size(height: int, width: int, more: tuple[int, int, int, int]) -> tuple[int, int]:
+    """Height and width of a picture, upright, with what it grows by."""
+    left, top, right, bottom = more
+    return height + top + bottom, width + left + right
 
 
 def outpainting(
@@ -205,10 +210,17 @@ def upright(image: Image.Image) -> tuple[int, int]:
 
 def same_shape(image: Image.Image, side: int, multiple: int) -> tuple[int, int]:
     """Height and width near image's aspect ratio, near side x side pixels in all, multiples of `multiple`."""
-    height, width = upright(image)
-    scale = side / math.sqrt(width * height)
-    fit = [max(multiple, round(length * scale / multiple) * multiple) for length in (height, width)]
-    return fit[0], fit[1]
+    return near_area(*upright(image), side, multiple)
+
+
+def near_area(height: int, width: int, side: int, multiple: int) -> tuple[int, int]:
+    """Height and width near that aspect ratio, near side x side pixels in all, multiples of `multiple`."""
+    return larger_size(height, width, side / math.sqrt(width * height), multiple)
+
+
+def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Each side to the next that the model can draw."""
+    return tuple(-(-side // multiple) * multiple for side in size)
 
 
 def other_side(height: int | None, width: int | None, shape: tuple[int, int], multiple: int) -> tuple[int, int]:

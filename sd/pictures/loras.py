@@ -1,6 +1,6 @@
 """LoRAs that prompts name, `<lora:name:0.8>` in the a1111 syntax: found in --lora-dir, merged for these pictures."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,15 +69,19 @@ class PromptLoras:
     def use(self, job: Job) -> None:
         """Merge those of this picture, and take the others out. Raises UserError, CheckpointError or ValueError."""
         wanted = dict(named(job))
-        for name in [name for name in self.merged if name not in wanted]:
-            self.pipe.remove_loras(name)
-            del self.merged[name]
+        self.take_out([name for name in self.merged if name not in wanted])
         for name, strength in wanted.items():
             if name not in self.merged:
                 self.pipe.add_lora(file_of(name, self.folder), strength)
             elif self.merged[name] != strength:
                 self.pipe.set_lora(name, strength)
             self.merged[name] = strength
+
+    def take_out(self, names: Collection[str] | None = None) -> None:
+        """These, or all. Raises CheckpointError, or ValueError where the UNet is quantized."""
+        for name in list(self.merged) if names is None else names:
+            self.pipe.remove_loras(name)
+            del self.merged[name]
 
     def recorded(self, job: Job) -> dict[str, object]:
         """What the picture's file says of them: name and fingerprint."""

@@ -5,6 +5,7 @@ A model that was trained on few words, as the demo model, has rows of zeros in i
 
 import difflib
 import re
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -49,12 +50,31 @@ def _table(pipe: "StableDiffusion"):
 
 def near(pipe: "StableDiffusion", words: Iterable[str]) -> dict[str, list[str]]:
     """For each word up to three that the model knows and that are spelled like it, or a part of it."""
-    known = list(_known_words(pipe))
+    words = list(words)
+    if not words:  # as of most prompts: the table is 49408 x 768 numbers to look through
+        return {}
+    known = _known_words(pipe)
     return {word: _near(word, known) for word in words}
 
 
-def _known_words(pipe: "StableDiffusion") -> Iterator[str]:
-    """Those of one token. Shorter ones are mostly pieces of others."""
+_found: "weakref.WeakKeyDictionary[StableDiffusion, tuple[object, list[str]]]" = weakref.WeakKeyDictionary()
+"""Of each pipeline, its token table's stamp when it was looked through, and the words that were found."""
+
+
+def _known_words(pipe: "StableDiffusion") -> list[str]:
+    """Those of one token; looked for again where the table was replaced or written to."""
+    from sd.checkpoints.stamps import Stamp  # which imports torch
+
+    now = Stamp([_table(pipe)])
+    then, words = _found.get(pipe, (None, []))
+    if now != then:
+        words = list(_look_for_words(pipe))
+        _found[pipe] = now, words
+    return words
+
+
+def _look_for_words(pipe: "StableDiffusion") -> Iterator[str]:
+    """Shorter ones are mostly pieces of others."""
     names = pipe.tokenizer.names(_table(pipe).any(1).nonzero().flatten().tolist())
     words = (name.removesuffix(WORD_END) for name in names if name.endswith(WORD_END))
     return (word for word in words if len(word) > 2 and word.isalpha())

@@ -81,6 +81,8 @@ class Drawer:
 
     def _switch(self, opt: Sequence[str]) -> None:
         try:
+            if not self.switcher.runs(opt):
+                self._loras.take_out()  # once the UNet is quantized, they could not be
             self.switcher.use(opt)
         except CheckpointError as error:
             raise self._lost(error) from error

@@ -54,6 +54,10 @@ class Switcher:
         self._always = tuple(getattr(pipe, "optimizations", ()))
         self._now: tuple[str, ...] | None = ()
 
+    def runs(self, chosen: Sequence[str]) -> bool:
+        """Whether these do now, and no others beside those that always do."""
+        return tuple(chosen) == self._now
+
     def use(self, chosen: Sequence[str]) -> None:
         """From now on these run beside those that always do. Raises OptimizationError, and the next call starts anew.
 
@@ -61,7 +65,7 @@ class Switcher:
         """
         from sd import optimizations
 
-        if tuple(chosen) == self._now:
+        if self.runs(chosen):
             return
         self._now = None
         optimizations.undo(self.pipe)

@@ -83,12 +83,10 @@ def read_order(body: bytes, limits: Limits, config: Config, offers: Offers = Off
         opt = () if opt is None else offers.chosen(opt)
         preview = None if preview is None else Whole(1, 1000)("preview", preview)
         given = _checked(values, limits)
-        _check_size(given, limits, config)
         jobs = _plan(given | dict.fromkeys(uploads, "upload"), limits)
         offers.check_loras(jobs)
         read = [read_upload(name, upload) for name, upload in uploads.items()]
-        if "outpaint" in given and not {"height", "width"} & set(given):
-            _check_growth(next(one for one in read if one.name == "init_image"), given["outpaint"], limits)
+        _check_size(given, {one.name: one for one in read}, limits, config)
         origin = {key: value for one in read for key, value in one.said().items()}
         return Order(jobs, read, origin, opt, preview, _size(jobs, config))
     except (ValueError, UserError) as error:
@@ -132,21 +130,39 @@ def check_limit(name: str, value: object, limits: Limits) -> None:
         raise ValueError(f"{name} must be at most {most} here, not {shown(value)}")
 
 
-def _check_size(given: Mapping[str, object], limits: Limits, config: Config) -> None:
-    side = config.image_size
-    height, width = given.get("height", side), given.get("width", side)
+def _check_size(given: Mapping[str, object], uploads: Mapping[str, Upload], limits: Limits, config: Config) -> None:
+    """What is drawn, whoever chooses its size, and what is made on the way. Raises ValueError."""
+    from sd.edits import canvas_size, larger_size, sides  # which import torch
+
+    most, image = limits.max_side, uploads.get("init_image")
+    if image and "outpaint" in given:  # the canvas is made whatever is drawn of it
+        width, height = image.size
+        if (largest := max(canvas_size(height, width, sides(given["outpaint"])))) > most:
+            raise ValueError(f"outpaint: at most {most} pixels of a side are drawn here, not {largest}")
+    height, width = _drawn_size(given, image, "mask" in uploads, config)
     config.check_size(height, width)
-    if max(height, width) > limits.max_side:
-        raise ValueError(f"at most {limits.max_side} pixels of a side are drawn here: give height and width")
-    if (largest := max(height, width) * given.get("hires", 1)) > limits.max_side:
-        raise ValueError(f"hires makes {largest:g} pixels of a side, and at most {limits.max_side} are drawn here")
+    if max(height, width) > most:
+        found = f"{height}x{width} (height x width)"
+        raise ValueError(f"at most {most} pixels of a side are drawn here, not {found}: give height and width")
+    if (largest := max(larger_size(height, width, given.get("hires", 1), config.size_multiple))) > most:
+        raise ValueError(f"hires makes {largest} pixels of a side, and at most {most} are drawn here")
 
 
-def _check_growth(image: Upload, sides: str, limits: Limits) -> None:
-    left, top, right, bottom = (int(n) for n in sides.split(","))
-    width, height = image.size
-    if max(width + left + right, height + top + bottom) > limits.max_side:
-        raise ValueError(f"outpaint: at most {limits.max_side} pixels of a side are drawn here")
+def _drawn_size(given: Mapping[str, object], image: Upload | None, masked: bool, config: Config) -> tuple[int, int]:
+    """Height and width: where they are not given, those that the pipeline chooses for this picture, or for none."""
+    from sd.edits import canvas_size, near_area, other_side, rounded_up, sides
+
+    shape = natural = (config.image_size, config.image_size)
+    if image and "outpaint" in given:
+        width, height = image.size
+        shape = natural = rounded_up(canvas_size(height, width, sides(given["outpaint"])), config.size_multiple)
+    elif image and not (masked and "mask_padding" in given):
+        shape = height, width = image.size[1], image.size[0]
+        natural = near_area(height, width, config.image_size, config.size_multiple)
+    height, width = given.get("height"), given.get("width")
+    if image and (height is None) != (width is None):
+        return other_side(height, width, shape, config.size_multiple)
+    return tuple(b if a is None else a for a, b in zip((height, width), natural, strict=True))
 
 
 def _plan(given: Mapping[str, object], limits: Limits) -> Sequence[Job]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from sd import inference
 from sd.pictures.plan import plan
@@ -47,6 +48,41 @@ def test_words_that_are_near(demo):
     assert found["qqqq"] == []
     for word in {one for others in found.values() for one in others}:
         assert not unknown_words(demo, jobs(word)), word
+
+
+@pytest.fixture
+def fresh(monkeypatch) -> tuple[StableDiffusion, list[int]]:
+    """A pipeline whose table nobody has looked through, and the counts of words that were found at each look."""
+    pipe, counts = StableDiffusion.load(DEMO_CHECKPOINT, "cpu"), []
+    names = pipe.tokenizer.names
+    monkeypatch.setattr(pipe.tokenizer, "names", lambda ids: counts.append(len(ids)) or names(ids))
+    return pipe, counts
+
+
+def test_the_table_is_looked_through_once_and_for_unknown_words_alone(fresh):
+    pipe, counts = fresh
+    assert near(pipe, []) == near(pipe, iter(())) == {}
+    assert counts == []
+    first = near(pipe, ["foxes"])
+    assert near(pipe, iter(["foxes"])) == first != {"foxes": []}
+    assert near(pipe, ["storm"]) == {"storm": ["thunderstorm"]}
+    assert len(counts) == 1
+
+
+def test_a_table_that_changes_is_looked_through_again(fresh):
+    pipe, counts = fresh
+    embedding = pipe.clip.embeddings.token_embedding
+    (fox,) = pipe.tokenizer.encode("fox")[1:-1]
+    row = embedding.weight[fox].clone()
+    assert near(pipe, ["foxes"])["foxes"][0] == "fox"
+    with torch.no_grad():
+        embedding.weight[fox] = 0
+    assert "fox" not in near(pipe, ["foxes"])["foxes"]
+    table = embedding.weight.detach().clone()
+    table[fox] = row
+    embedding.weight = torch.nn.Parameter(table, requires_grad=False)
+    assert near(pipe, ["foxes"])["foxes"][0] == "fox"
+    assert counts == [counts[0], counts[0] - 1, counts[0]]
 
 
 def test_learned_words_are_known(demo, monkeypatch):

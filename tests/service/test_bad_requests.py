@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sd.config import Config
+from sd.edits import larger_size
 from sd.pictures.parameters import PARAMETERS
 from sd.pictures.plan import Plan
 from sd.service import connections
@@ -69,7 +70,7 @@ def read(body: bytes) -> None:
     for job in order.jobs:
         assert 1 <= job.steps <= LIMITS.max_steps
         assert len(job.prompt) <= LIMITS.max_prompt
-        assert max(job.height or 512, job.width or 512) * (job.hires or 1) <= LIMITS.max_side
+        assert max(larger_size(job.height or 512, job.width or 512, job.hires or 1, 64)) <= LIMITS.max_side
     assert len(order.jobs) <= LIMITS.max_num_images
     assert 0 < order.size < 1e12
 

@@ -7,11 +7,14 @@ import re
 from collections.abc import Iterator
 
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
 
 from bench.reference.weights import tiny_pipeline
 from sd import serve
 from sd.pictures.png import to_png
+from sd.pipeline import StableDiffusion
 from sd.service.app import create_app
 from sd.service.offers import Offers
 from sd.service.orders import Limits
@@ -81,6 +84,27 @@ def test_loras_are_names_of_the_folder(tmp_path):
             status, message = client.error("POST", "/generate", values)
             assert (status, message.endswith("here; there are ink")) == (422, True)
             assert str(tmp_path / "loras") not in message
+
+
+def test_a_lora_of_one_prompt_is_not_in_the_way_of_the_next_requests_optimizations(shallow_checkpoint, tmp_path):
+    pipe = StableDiffusion.load(shallow_checkpoint, "cpu")
+    path, changed = next((name, one) for name, one in pipe.unet.named_modules() if name.endswith("to_v"))
+    rows, columns = changed.weight.shape
+    key = f"lora_unet_{path.replace('.', '_')}"
+    tensors = {f"{key}.lora_down.weight": torch.ones(2, columns), f"{key}.lora_up.weight": torch.ones(rows, 2)}
+    save_file(tensors, tmp_path / "ink.safetensors")
+    before = changed.weight.clone()
+    with serving(create_app(pipe, offers=Offers(tmp_path, ("int8-weights",)))) as client:
+        ink = {"prompt": "x <lora:ink:1>", "prompt_syntax": "a1111"}
+        quantized = client.draw(opt="int8-weights", seed=1)
+        assert client.draw(**ink)[0] == 200
+        assert not torch.equal(pipe.unet.get_submodule(path).weight, before)
+        again = client.draw(opt="int8-weights", seed=1)
+        assert (quantized[0], again[0]) == (200, 200), again[2]
+        assert pixels(quantized[2]) == pixels(again[2]), "nothing of the LoRA is left"
+        assert client.draw(**ink)[0] == 200
+        assert client.draw()[0] == 200
+    assert torch.equal(pipe.unet.get_submodule(path).weight, before)
 
 
 # ---- POST /parameters

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.reference.weights import tiny_pipeline
 from sd.config import Config
-from sd.service import uploads
+from sd.service import orders, uploads
 from sd.service.app import create_app
-from sd.service.orders import Limits, read_order
+from sd.service.orders import Limits, Order, read_order
 from sd.service.uploads import read_upload
 from sd.service.worker import FailedError
 from tests.service.support import JSON, NDJSON, InstantPipe, WaitingPipe, event, serving
@@ -76,6 +77,68 @@ def test_the_size_is_that_of_the_upright_picture():
     assert read_order(json.dumps(order).encode(), Limits(), Config()).uploads[0].size == (50, 100)
     with pytest.raises(FailedError, match="outpaint: at most"):
         read_order(json.dumps(order | {"outpaint": "0,0,0,960"}).encode(), Limits(), Config())
+
+
+def ordered(size: tuple[int, int], limits: Limits = Limits(), **asked: object) -> Order:  # noqa: B008 (frozen)
+    """size: width and height of the picture."""
+    body = {"prompt": "x", "init_image": in_base64(Image.new("L", size)), **asked}
+    return read_order(json.dumps(body).encode(), limits, Config())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"outpaint": "0,99999,99999,0", "height": 64},
+        {"outpaint": "0,0,60000,0", "height": 64},
+        {"outpaint": "0,60000,0,0", "width": 64},
+        {"outpaint": "0,60000,0,0", "height": 64, "width": 64},
+    ],
+)
+def test_a_canvas_has_the_same_limit_whatever_size_is_asked_for(asked):
+    with pytest.raises(FailedError, match=r"^outpaint: at most 1024 pixels of a side are drawn here, not \d+$"):
+        ordered((64, 64), **asked)
+
+
+def test_a_canvas_is_drawn_no_larger_than_the_limit_when_it_is_rounded_up():
+    with pytest.raises(FailedError, match="at most 1000 pixels of a side are drawn here, not 960x1024"):
+        ordered((900, 900), Limits(max_side=1000), outpaint="80,0,0,0")
+    assert ordered((900, 900), Limits(max_side=1000), outpaint="60,0,0,0", height=512, width=512)
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "asked", "message"),
+    [
+        ((2000, 500), 512, {}, "at most 512 pixels of a side are drawn here, not 256x1024"),
+        ((2000, 500), 512, {"height": 64}, "at most 512 pixels of a side are drawn here, not 64x1024"),
+        ((2000, 500), 1024, {"hires": 2}, "hires makes 2048 pixels of a side, and at most 1024 are drawn here"),
+        ((500, 2000), 1024, {"width": 64, "hires": 1.5}, "hires makes 1536 pixels of a side"),
+        ((512, 512), 1000, {"hires": 1.9}, None),
+        ((512, 512), 1000, {"hires": 1.95}, "hires makes 1024 pixels of a side, and at most 1000"),
+    ],
+)
+def test_the_limit_is_that_of_what_a_picture_makes_drawn(size, most, asked, message):
+    if message is None:
+        assert ordered(size, Limits(max_side=most), **asked)
+        return
+    with pytest.raises(FailedError, match=message) as refused:
+        ordered(size, Limits(max_side=most), **asked)
+    assert refused.value.status == 422
+
+
+def test_what_a_limit_does_not_concern_is_drawn():
+    assert ordered((2000, 500), Limits(max_side=512), height=128, width=512)
+    mask = in_base64(Image.new("L", (64, 64), 255))
+    assert ordered((2000, 500), Limits(max_side=512), mask=mask, mask_padding=8), "a part, at the model's own size"
+
+
+@pytest.mark.parametrize("asked", [{}, {"height": 64}, {"width": 128}, {"outpaint": "0,30,9,0"}, {"mask_padding": 4}])
+def test_the_size_that_is_looked_at_is_the_one_that_is_drawn(asked, monkeypatch):
+    pipe, image, sizes = tiny_pipeline(), Image.new("RGB", (200, 90)), []
+    monkeypatch.setattr(pipe, "_draw", lambda edits, *size, **_: sizes.append(size) or [image.copy()])
+    mask = {"mask": Image.new("L", (200, 90), 255)} if "mask_padding" in asked else {}
+    pipe.generate("x", steps=1, init_image=image, **asked, **mask)
+    upload = read_upload("init_image", in_base64(image))
+    assert sizes == [orders._drawn_size(asked, upload, pipe.config)]
 
 
 def test_no_pixel_is_decoded_for_an_order(monkeypatch):
