@@ -8,12 +8,14 @@ import torch
 from compel import Compel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import CLIPTokenizer
 
 from bench.reference.numbers import pixels, relative_error
 from bench.reference.oracles import transformers_clip
 from bench.reference.weights import TINY
-from sd import optimizations
+from sd import inference, optimizations
+from sd.pictures.png import read_parameters
 from sd.pipeline import DATA, StableDiffusion
 from sd.prompts import BREAK, parse, tokenize
 from sd.tokenizer import Tokenizer
@@ -229,6 +231,51 @@ def test_plain_prompts_draw_what_they_drew(pipe):
         assert np.array_equal(draw(None), draw("plain"))
     weighted, plain = (pixels(pipe.generate(text, **DRAW)) for text in ("a (red:3) fox", "a red fox"))
     assert not np.array_equal(weighted, plain)
+
+
+MIXED = ["a fox", LONGER, "an owl", "a BREAK b", f"[a fox:{LONGER}:1]"]
+
+
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 1}, {"init_image": True}, {"hires": 2}, {"latents": True}])
+def test_a_picture_is_the_same_alone_and_beside_longer_prompts(pipe, options):
+    """An empty chunk more changes what is drawn, also one of a negative prompt."""
+    prompts, negatives, seeds = [*MIXED, "a fox"], [""] * len(MIXED) + [LONGER], list(range(6))
+    noise = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    starts = [Image.new("RGB", (64, 64), color) for color in ("red", "blue", "green", "white", "black", "yellow")]
+    own = {name: {"init_image": starts, "latents": noise}[name] for name, given in options.items() if given is True}
+    shared = {"steps": 2, "prompt_syntax": "a1111", "height": 64, "width": 64, **options}
+    together = pipe.generate(prompts, negatives, seed=seeds, **{**shared, **own})
+    for i, (image, text, negative) in enumerate(zip(together, prompts, negatives, strict=True)):
+        one = {name: given[i : i + 1] for name, given in own.items()}
+        (alone,) = pipe.generate(text, negative, seed=i, **{**shared, **one})
+        assert np.abs(pixels([alone]) - pixels([image])).max() <= 1, text
+        assert (image.info["prompt"], image.info["seed"]) == (text, i)
+
+
+def test_on_step_sees_each_batch(pipe):
+    seen = []
+    on_step = lambda step, steps, latents: seen.append((step, len(latents)))  # noqa: E731
+    pipe.generate(["a fox", LONGER, "an owl"], on_step=on_step, **DRAW)
+    assert seen == [(1, 2), (2, 2), (1, 1), (2, 1)]
+
+
+def test_the_command_draws_a_picture_beside_longer_ones_as_alone(tmp_path, shallow_checkpoint, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shared = ["--ckpt", str(shallow_checkpoint), "--device", "cpu", "--opt", "none", "--steps", "2"]
+    prompts = ["a fox", LONGER, f"[an owl:{LONGER}:1]", "a car"]
+    asked = [part for text in prompts for part in ("--prompt", text)]
+    syntax = ["--prompt-syntax", "a1111", "--seed", "1"]
+    assert inference.main([*asked, *shared, *syntax, "--batch-size", "4", "--out", "all.png"]) == 0
+    files = sorted(tmp_path.glob("all*.png"))
+    said = [read_parameters(file) for file in files]
+    assert [(one["prompt"], one["batch"]) for one in said] == list(
+        zip(prompts, [[0, 2], [0, 1], [0, 1], [1, 2]], strict=True)
+    )
+    for file in files:
+        again = ["--from-png", str(file), "--ckpt", str(shallow_checkpoint), "--device", "cpu", "--out", "again.png"]
+        assert inference.main(again) == 0
+        assert file.read_bytes() == (tmp_path / "again.png").read_bytes()
+        (tmp_path / "again.png").unlink()
 
 
 @pytest.mark.parametrize(
