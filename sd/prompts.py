@@ -193,7 +193,7 @@ def tokenize(
         groups = words.groups(spelled, tokenizer) if words else ([id] for id in tokenizer.encode(spelled)[1:-1])
         for group in groups:
             if len(chunks[-1]) + len(group) > most:
-                chunks.append(_carried(chunks[-1], comma))
+                chunks.append(_carried(chunks[-1], comma, most - len(group)))
             chunks[-1] += [(token, weight) for token in group]
     start, end, pad = tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id
     ids = [[start, *(token for token, _ in chunk), end, *[pad] * (most - len(chunk))] for chunk in chunks]
@@ -207,10 +207,14 @@ def cut(text: str, tokenizer: Tokenizer, length: int, words: Words) -> list[int]
     return tokenizer.fit([tokenizer.start_id, *ids, tokenizer.end_id], length)
 
 
-def _carried(full: list[tuple[int, float]], comma: int) -> list[tuple[int, float]]:
-    """What of a full chunk belongs to the next: the words after its last comma, where that is near its end."""
+def _carried(full: list[tuple[int, float]], comma: int, room: int) -> list[tuple[int, float]]:
+    """What of a full chunk belongs to the next: the words after its last comma, where that is near its end.
+
+    Nothing, where they are more than `room`: what comes after them must fit too.
+    """
     places = [i for i, (token, _) in enumerate(full) if token == comma]
-    if not places or len(full) - places[-1] - 1 > COMMA_WITHIN:
+    count = len(full) - places[-1] - 1 if places else 0
+    if not places or count > COMMA_WITHIN or count > room:
         return []
     carried = full[places[-1] + 1 :]
     del full[places[-1] + 1 :]
