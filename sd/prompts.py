@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sd.tokenizer import Tokenizer
 
 SYNTAXES = ("weights", "a1111", "plain")
-COMMA_WITHIN = 20  # a chunk ends at a comma, if one is among its last so many tokens
+COMMA_WITHIN = 20  # a chunk ends at a comma, if one is among its last so many tokens, and what comes next is none
 LARGEST = 10.0
 STEP = 1.1
 
@@ -193,7 +193,8 @@ def tokenize(
         groups = words.groups(spelled, tokenizer) if words else ([id] for id in tokenizer.encode(spelled)[1:-1])
         for group in groups:
             if len(chunks[-1]) + len(group) > most:
-                chunks.append(_carried(chunks[-1], comma, most - len(group)))
+                carried = [] if group == [comma] else _carried(chunks[-1], comma, most - len(group))
+                chunks.append(carried)
             chunks[-1] += [(token, weight) for token in group]
     start, end, pad = tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id
     ids = [[start, *(token for token, _ in chunk), end, *[pad] * (most - len(chunk))] for chunk in chunks]
@@ -214,7 +215,7 @@ def _carried(full: list[tuple[int, float]], comma: int, room: int) -> list[tuple
     """
     places = [i for i, (token, _) in enumerate(full) if token == comma]
     count = len(full) - places[-1] - 1 if places else 0
-    if not places or count > COMMA_WITHIN or count > room:
+    if not places or count >= COMMA_WITHIN or count > room:
         return []
     carried = full[places[-1] + 1 :]
     del full[places[-1] + 1 :]

@@ -131,15 +131,44 @@ def test_without_weights_the_context_is_that_of_compel(theirs, text):
 
 
 def test_long_prompts_are_cut_at_commas_and_lose_nothing(theirs):
-    text = LONGER
+    text = LONGER.replace("a ", "a very big ")
     read = tokenize(text, OURS)
-    assert len(read.ids) == 3
+    assert len(read.ids) == 4
     assert {len(row) for row in read.ids} == {77}
     kept = [token for row in read.ids for token in row if token not in (OURS.start_id, OURS.end_id)]
     assert kept == theirs(text)["input_ids"][1:-1]
     comma = theirs(",")["input_ids"][1]
     for row in read.ids[:-1]:
         assert [token for token in row if token != OURS.end_id][-1] == comma
+
+
+@given(st.lists(st.integers(0, 24), min_size=1, max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_where_chunks_end(words_between_commas):
+    """AUTOMATIC1111's rule: before a word that has no place, behind the last comma of tokens 55 to 74, if any."""
+    text = ", ".join("x " * count for count in [54, *words_between_commas])
+    rest, x, comma = OURS.encode(text)[1:-1], *OURS.encode("x,")[1:-1]
+    expected = []
+    while len(rest) > 75:
+        near = [i for i in range(55, 75) if rest[i] == comma]
+        end = near[-1] + 1 if near and rest[75] == x else 75
+        expected.append(rest[:end])
+        rest = rest[end:]
+    found = [[i for i in row if i in (x, comma)] for row in tokenize(text, OURS).ids]
+    assert found == [*expected, rest]
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("x " * 54 + "," + "x " * 21, 75),  # the comma is the 21st from the end
+        ("x " * 55 + "," + "x " * 20, 56),
+        ("x " * 60 + "," + "x " * 14 + ", x", 75),  # what has no place is a comma
+    ],
+)
+def test_the_ends_of_where_a_comma_counts(text, first):
+    x, comma = OURS.encode("x,")[1:-1]
+    assert sum(token in (x, comma) for token in tokenize(text, OURS).ids[0]) == first
 
 
 def test_words_without_a_comma_fill_a_chunk(theirs):
