@@ -82,11 +82,12 @@ def _prompt(text: str, syntax: str) -> str:
     if syntax == "a1111":
         return text
     pieces = prompts.parse(text, syntax)
-    return "".join("BREAK" if piece is prompts.BREAK else _piece(*piece) for piece in pieces)
+    return "".join(" BREAK " if piece is prompts.BREAK else _piece(*piece) for piece in pieces)
 
 
 def _piece(text: str, weight: float) -> str:
     text = re.sub(r"([()\[\]])", r"\\\1", text)
+    text = re.sub(r"\bBREAK\b", "break", text)  # a word here, which the text encoder reads in small letters anyway
     return text if weight == 1 else f"({text}:{weight:g})"
 
 
