@@ -30,7 +30,8 @@ SAMPLER_NAMES = {
     "tcd": "TCD",
 }
 SCHEDULE_NAMES = {
-    "leading": "Uniform",
+    "leading": "DDIM",
+    "linspace": "Uniform",
     "karras": "Karras",
     "exponential": "Exponential",
     "sgm_uniform": "SGM Uniform",
@@ -112,7 +113,7 @@ def read(text: str) -> tuple[dict[str, object], dict[str, str]]:
         del said["Size"]
     if "hires" in found and "Denoising strength" in said:
         found["hires_strength"] = _number(said.pop("Denoising strength"))
-    if found.get("schedule") in ("Automatic", "Uniform"):
+    if found.get("schedule") == "Automatic":
         del found["schedule"]
     return found, said
 

@@ -11,6 +11,7 @@ from PIL import Image
 from sd.pictures import a1111
 from sd.pictures.formats import ENDINGS, encoded, read_foreign, read_parameters
 from sd.pictures.model import ModelChoice
+from sd.pictures.parameters import checked
 from sd.pictures.run import Run, recalled
 from sd.prompts import BREAK, parse
 from sd.tokenizer import Tokenizer
@@ -138,6 +139,17 @@ def test_what_is_written_is_read(prompt, negative, seed, sampler):
 
 
 words = st.lists(st.sampled_from(["BREAK", "BREAKFAST", "a fox", " ", ",", "(", ")", "[b]"]), max_size=9).map("".join)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("Uniform", "linspace"), ("DDIM", "leading"), ("Karras", "karras"), ("SGM Uniform", "sgm_uniform")],
+)
+def test_schedules_by_their_names(theirs, ours):
+    text = a1111.written({"prompt": "a fox", "sampler": "euler", "schedule": ours})
+    assert f"Schedule type: {theirs}" in text
+    known, _ = a1111.read(text)
+    assert checked("", {"schedule": known["schedule"]}) == {"schedule": ours}
 
 
 @given(texts | words)
