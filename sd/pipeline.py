@@ -360,11 +360,12 @@ class StableDiffusion:
         read = [tokenize(text, self.tokenizer, syntax or "weights", length, self.words) for text in texts]
         read = padded(read, self.tokenizer)
         ids = torch.tensor([row for one in read for row in one.ids], dtype=torch.long)
-        context = self._contexts(ids, skip).unflatten(0, (len(texts), -1)).flatten(1, 2)
-        if not any(one.weighted for one in read):
-            return context
-        weights = [torch.tensor(one.weights).flatten() for one in read]
-        return torch.stack([weighted(c, w) if w.ne(1).any() else c for c, w in zip(context, weights, strict=True)])
+        context = self._contexts(ids, skip)
+        if any(one.weighted for one in read):
+            weights = torch.tensor([row for one in read for row in one.weights])
+            chunks = zip(context, weights, strict=True)
+            context = torch.stack([weighted(c, w) if w.ne(1).any() else c for c, w in chunks])
+        return context.unflatten(0, (len(texts), -1)).flatten(1, 2)
 
     def _contexts(self, ids: Tensor, skip: int) -> Tensor:
         """Ids [B, L] -> contexts [B, L, C]."""

@@ -5,8 +5,8 @@
     a1111     beside these (text) counts 1.1 times, [text] 1 / 1.1, nested ones multiply; <lora:name:0.8> is no text
 
 A backslash makes a bracket a character: \\( \\) \\[ \\]. Weights are those of AUTOMATIC1111's web UI: the context of a
-token is multiplied by its weight, then all of the prompt's by one factor, so that its mean is what it was, unless it
-is next to nothing, as that of the demo model.
+token is multiplied by its weight, then all of its chunk's by one factor, so that its mean is what it was, unless it is
+next to nothing, as that of the demo model.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ NO_MEAN = 0.02
 
 
 def weighted(context: Tensor, weights: Tensor) -> Tensor:
-    """context [S, C] times weights [S], then times what gives it the mean it had, if it had one."""
+    """A chunk's context [S, C] times weights [S], then times what gives it the mean it had, if it had one."""
     scaled = context * weights[:, None].to(context)
     before, after = context.float().mean(), scaled.float().mean()
     if min(abs(before), abs(after)) < NO_MEAN * context.float().std():
