@@ -52,7 +52,7 @@ NAMES = {
 
 
 def written(parameters: Mapping[str, object]) -> str:
-    """The text of a picture. Brackets that are characters to us are escaped."""
+    """The text of a picture. Brackets and backslashes that are characters to us are escaped."""
     syntax = str(parameters.get("prompt_syntax") or "weights")
     lines = [_prompt(str(parameters.get("prompt", "")), syntax)]
     if negative := parameters.get("negative_prompt"):
@@ -87,7 +87,7 @@ def _prompt(text: str, syntax: str) -> str:
 
 
 def _piece(text: str, weight: float) -> str:
-    text = re.sub(r"([()\[\]])", r"\\\1", text)
+    text = re.sub(r"([()\[\]\\])", r"\\\1", text)
     text = re.sub(r"\bBREAK\b", "break", text)  # a word here, which the text encoder reads in small letters anyway
     return text if weight == 1 else f"({text}:{weight:g})"
 
