@@ -295,8 +295,9 @@ class StableDiffusion:
             first. clip_skip: the text is read from this layer from the end; None is the last.
         latents: start from this noise of variance 1, [B, z, height / 8, width / 8], in place of the seed's. It is
             not changed.
-        on_step(step, steps, latents) is called after each step.
+        on_step(step, steps, latents) is called after each step of each batch.
 
+        All is one batch, but pictures whose prompts have another number of chunks: those are one of their own.
         Each picture's `info` holds the parameters that make it again. Raises ValueError for values out of range.
         """
         prompts, negatives, seeds = broadcast(prompt, negative_prompt, seed)
@@ -317,16 +318,27 @@ class StableDiffusion:
         asked_for = {"eta": eta, "s_noise": s_noise, "solver_order": solver_order}
         chosen, named = samplers.choose(sampler, asked_for), samplers.schedule_of(sampler, schedule)
         levels = schedules.make(named, steps)
+        if latents is not None and latents.shape[:1] != (len(prompts),):
+            raise ValueError(f"latents are {list(latents.shape)}, for {len(prompts)} pictures")
         self.times = {}
         with self._timed("text"):
-            conditions = self._conditions(prompts, negatives, cfg_scale, steps, prompt_syntax, clip_skip)
-        draw = partial(self._draw, conditions=conditions, sampler=chosen, levels=levels, seeds=seeds, on_step=on_step)
-        draw = partial(draw, control=control or (), preprocess=control_preprocess)
-        images = draw(edits, height, width, strength=strength, latents=latents)
-        if hires:
-            larger = [Edit(image) for image in images]
-            size = larger_size(height, width, hires, self.config.size_multiple)
-            images = draw(larger, *size, strength=hires_strength, tile=self.config.image_size // self._downsampling)
+            own = self._alike(prompts, negatives, cfg_scale, steps, prompt_syntax)
+            texts = [([prompts[i] for i in places], [negatives[i] for i in places]) for places in own]
+            conditions = [self._conditions(*one, cfg_scale, steps, prompt_syntax, clip_skip) for one in texts]
+        found: dict[int, Image.Image] = {}
+        for places, told in zip(own, conditions, strict=True):
+            draw = partial(self._draw, conditions=told, sampler=chosen, levels=levels, on_step=on_step)
+            draw = partial(draw, seeds=[seeds[i] for i in places], control=control or (), preprocess=control_preprocess)
+            over = [edits[i] for i in places] if len(edits) > 1 else edits
+            start = None if latents is None else latents[places]
+            drawn = draw(over, height, width, strength=strength, latents=start)
+            if hires:
+                larger = [Edit(image) for image in drawn]
+                size = larger_size(height, width, hires, self.config.size_multiple)
+                tile = self.config.image_size // self._downsampling
+                drawn = draw(larger, *size, strength=hires_strength, tile=tile)
+            found |= zip(places, drawn, strict=True)
+        images = [found[i] for i in range(len(prompts))]
         shared = {"steps": steps, "cfg_scale": cfg_scale, "sampler": chosen.name, "height": height, "width": width}
         shared |= dict(chosen.options)
         where_given = {
@@ -368,11 +380,12 @@ class StableDiffusion:
         read = [tokenize(text, self.tokenizer, syntax or "weights", length, self.words) for text in texts]
         read = padded(read, self.tokenizer)
         ids = torch.tensor([row for one in read for row in one.ids], dtype=torch.long)
-        context = self._contexts(ids, skip).unflatten(0, (len(texts), -1)).flatten(1, 2)
-        if not any(one.weighted for one in read):
-            return context
-        weights = [torch.tensor(one.weights).flatten() for one in read]
-        return torch.stack([weighted(c, w) if w.ne(1).any() else c for c, w in zip(context, weights, strict=True)])
+        context = self._contexts(ids, skip)
+        if any(one.weighted for one in read):
+            weights = torch.tensor([row for one in read for row in one.weights])
+            chunks = zip(context, weights, strict=True)
+            context = torch.stack([weighted(c, w) if w.ne(1).any() else c for c, w in chunks])
+        return context.unflatten(0, (len(texts), -1)).flatten(1, 2)
 
     def _contexts(self, ids: Tensor, skip: int) -> Tensor:
         """Ids [B, L] -> contexts [B, L, C]."""
@@ -430,6 +443,32 @@ class StableDiffusion:
             vae = VAE(self.config.vae)
         vae.load_state_dict({name: weight.float() for name, weight in self.vae.state_dict().items()}, assign=True)
         return vae
+
+    def chunks(
+        self, prompt: str, negative_prompt: str, cfg_scale: float, steps: int, syntax: str | None = None
+    ) -> tuple[int, ...]:
+        """How many chunks a picture's prompts have at each step: the longer of them, at scale 1 the prompt alone.
+
+        Where these differ, pictures cannot share a batch: the shorter would see empty chunks, which change it.
+        """
+        texts = [prompt] if cfg_scale == 1 else [prompt, negative_prompt]
+        by_step = list(zip(*(over_steps(text, steps, syntax) for text in texts), strict=True))
+        counts = {forms: max(map(partial(self._count, syntax), forms)) for forms in dict.fromkeys(by_step)}
+        return tuple(counts[forms] for forms in by_step)
+
+    def _count(self, syntax: str | None, text: str) -> int:
+        if syntax == "plain":
+            return 1
+        return len(tokenize(text, self.tokenizer, syntax or "weights", self.config.text.max_length, self.words).ids)
+
+    def _alike(
+        self, prompts: Sequence[str], negatives: Sequence[str], cfg_scale: float, steps: int, syntax: str | None
+    ) -> list[list[int]]:
+        """The places of pictures that can share a batch, together."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for place, texts in enumerate(zip(prompts, negatives, strict=True)):
+            found.setdefault(self.chunks(*texts, cfg_scale, steps, syntax), []).append(place)
+        return list(found.values())
 
     def _conditions(
         self,

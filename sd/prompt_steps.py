@@ -95,7 +95,7 @@ def _changing(parts: list[Part], when: str) -> Part:
     at, is_share = float(when), "." in when
 
     def text(step: int, steps: int) -> str:
-        border = int(at * steps) if is_share else int(at)
+        border = int(min(at * steps if is_share else at, steps))  # a number of 400 digits is infinite
         if step >= border:
             return then(step, steps)
         return first[0](step, steps) if first else ""

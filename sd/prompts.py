@@ -5,8 +5,8 @@
     a1111     beside these (text) counts 1.1 times, [text] 1 / 1.1, nested ones multiply; <lora:name:0.8> is no text
 
 A backslash makes a bracket a character: \\( \\) \\[ \\]. Weights are those of AUTOMATIC1111's web UI: the context of a
-token is multiplied by its weight, then all of the prompt's by one factor, so that its mean is what it was, unless it
-is next to nothing, as that of the demo model.
+token is multiplied by its weight, then all of its chunk's by one factor, so that its mean is what it was, unless it is
+next to nothing, as that of the demo model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sd.tokenizer import Tokenizer
 
 SYNTAXES = ("weights", "a1111", "plain")
-COMMA_WITHIN = 20  # a chunk ends at a comma, if one is among its last so many tokens
+COMMA_WITHIN = 20  # a chunk ends at a comma, if one is among its last so many tokens, and what comes next is none
 LARGEST = 10.0
 STEP = 1.1
 
@@ -193,7 +193,8 @@ def tokenize(
         groups = words.groups(spelled, tokenizer) if words else ([id] for id in tokenizer.encode(spelled)[1:-1])
         for group in groups:
             if len(chunks[-1]) + len(group) > most:
-                chunks.append(_carried(chunks[-1], comma))
+                carried = [] if group == [comma] else _carried(chunks[-1], comma, most - len(group))
+                chunks.append(carried)
             chunks[-1] += [(token, weight) for token in group]
     start, end, pad = tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id
     ids = [[start, *(token for token, _ in chunk), end, *[pad] * (most - len(chunk))] for chunk in chunks]
@@ -207,10 +208,14 @@ def cut(text: str, tokenizer: Tokenizer, length: int, words: Words) -> list[int]
     return tokenizer.fit([tokenizer.start_id, *ids, tokenizer.end_id], length)
 
 
-def _carried(full: list[tuple[int, float]], comma: int) -> list[tuple[int, float]]:
-    """What of a full chunk belongs to the next: the words after its last comma, where that is near its end."""
+def _carried(full: list[tuple[int, float]], comma: int, room: int) -> list[tuple[int, float]]:
+    """What of a full chunk belongs to the next: the words after its last comma, where that is near its end.
+
+    Nothing, where they are more than `room`: what comes after them must fit too.
+    """
     places = [i for i, (token, _) in enumerate(full) if token == comma]
-    if not places or len(full) - places[-1] - 1 > COMMA_WITHIN:
+    count = len(full) - places[-1] - 1 if places else 0
+    if not places or count >= COMMA_WITHIN or count > room:
         return []
     carried = full[places[-1] + 1 :]
     del full[places[-1] + 1 :]
@@ -233,7 +238,7 @@ NO_MEAN = 0.02
 
 
 def weighted(context: Tensor, weights: Tensor) -> Tensor:
-    """context [S, C] times weights [S], then times what gives it the mean it had, if it had one."""
+    """A chunk's context [S, C] times weights [S], then times what gives it the mean it had, if it had one."""
     scaled = context * weights[:, None].to(context)
     before, after = context.float().mean(), scaled.float().mean()
     if min(abs(before), abs(after)) < NO_MEAN * context.float().std():

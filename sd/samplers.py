@@ -149,7 +149,8 @@ def _sampler_words() -> dict[str, str]:
 @cache
 def _schedule_words() -> dict[str, str]:
     return {_squeezed(name): name for name in SCHEDULES} | {
-        "uniform": "leading",
+        "ddim": "leading",  # these three as AUTOMATIC1111's web UI calls them
+        "uniform": "linspace",
         "normal": "linspace",
         "ays": "align_your_steps",
     }

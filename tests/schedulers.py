@@ -33,7 +33,7 @@ from diffusers import (
 from torch import Tensor
 
 from bench.reference.oracles import SCHEDULE
-from sd.schedules import Schedule
+from sd.schedules import Schedule, alphas_cumprod, sigmas_of
 
 Denoise = Callable[[Tensor, float], Tensor]
 Noise = Callable[[], Tensor]
@@ -295,17 +295,26 @@ def k_diffusion(function: str, schedule: Schedule, denoise: Denoise, x: Tensor, 
     if options:
         options["noise_sampler"] = BrownianPath(noise) if function == "dpmpp_sde" else lambda sigma, to: noise()
     start = x * (sigmas[0] ** 2 + 1) ** 0.5
-    return getattr(_k_sampling(), f"sample_{function}")(model, start, float64(sigmas), disable=True, **options)
+    return getattr(_of_k_diffusion("sampling"), f"sample_{function}")(
+        model, start, float64(sigmas), disable=True, **options
+    )
+
+
+def k_diffusion_sigmas(steps: int) -> Tensor:
+    """`DiscreteSchedule.get_sigmas` of Stable Diffusion's noise levels: [steps + 1], the last is 0."""
+    return _of_k_diffusion("external").DiscreteSchedule(float64(sigmas_of(alphas_cumprod())), False).get_sigmas(steps)
 
 
 @functools.cache
-def _k_sampling() -> types.ModuleType:
-    """Its module of samplers alone: the package imports what it needs for training."""
+def _of_k_diffusion(name: str) -> types.ModuleType:
+    """One of its modules alone: the package imports what it needs for training."""
     folder = Path(importlib.util.find_spec("k_diffusion").submodule_search_locations[0])
-    spec = importlib.util.spec_from_file_location("k_diffusion.sampling", folder / "sampling.py")
+    spec = importlib.util.spec_from_file_location(f"k_diffusion.{name}", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     utils = types.SimpleNamespace(append_dims=lambda x, n: x[(..., *[None] * (n - x.ndim))])
     package = types.SimpleNamespace(utils=utils, __path__=[])
+    if name != "sampling":
+        package.sampling = _of_k_diffusion("sampling")
     with _without("torchdiffeq", "torchsde"), mock.patch.dict(sys.modules, {"k_diffusion": package}):
         spec.loader.exec_module(module)
     return module

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from sd import inference, optimizations
 from sd.checkpoints.errors import CheckpointError
 from sd.pictures.png import read_parameters
 from sd.pipeline import StableDiffusion
+from sd.prompts import tokenize
 from tests.optimizations.stand_in import install
 from tests.weights import tiny_pipeline
 
@@ -131,6 +133,22 @@ def test_weights_chunks_and_clip_skip(pipe, tmp_path):
                 spelled = "x " * 74 + f"BREAK {first} {second} y"
             a, b = (pipe.encode_prompts([t], ["n"], "a1111", skip) for t in (with_word, spelled))
             assert torch.allclose(a, b, atol=1e-6), text
+
+
+@pytest.mark.parametrize("count", [1, 19, 56, 57, 60, 74, 75])
+def test_a_long_word_has_its_place_in_a_chunk(pipe, count):
+    """Whatever is before it: nothing is lost, no chunk is too long, and the word is in one of them."""
+    pipe.words.learn({"<toy>": vectors(pipe, count)}, Path("toy.safetensors"))
+    tokenizer, first = pipe.tokenizer, pipe.config.text.vocab_size
+    word = list(range(first, first + count))
+    for before, after_comma in ((25, 18), (25, 20), (54, 19), (55, 19), (56, 0), (0, 74), (3, 3), (70, 5)):
+        read = tokenize("x " * before + "," + " x" * after_comma + " <toy> y", tokenizer, words=pipe.words)
+        assert {len(row) for row in [*read.ids, *read.weights]} == {77}
+        chunks = [[i for i in row if i not in (tokenizer.start_id, tokenizer.end_id)] for row in read.ids]
+        spelled = [tokenizer.encode(text)[1:-1] for text in ("x " * before + "," + " x" * after_comma, "y")]
+        assert [i for chunk in chunks for i in chunk] == [*spelled[0], *word, *spelled[1]]
+        assert any(chunk[i : i + count] == word for chunk in chunks for i in range(len(chunk)))
+    pipe.encode_prompts(["x " * 25 + "," + " x" * 18 + " <toy>"], None)
 
 
 def test_the_longest_word_wins_and_case_means_nothing(pipe, tmp_path):

@@ -8,12 +8,14 @@ import torch
 from compel import Compel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import CLIPTokenizer
 
 from bench.reference.numbers import pixels, relative_error
 from bench.reference.oracles import transformers_clip
 from bench.reference.weights import TINY
-from sd import optimizations
+from sd import inference, optimizations
+from sd.pictures.png import read_parameters
 from sd.pipeline import DATA, StableDiffusion
 from sd.prompts import BREAK, parse, tokenize
 from sd.tokenizer import Tokenizer
@@ -43,6 +45,8 @@ def theirs() -> CLIPTokenizer:
         ("(a: b:0.5)", [("a: b", 0.5)]),
         ("(red)", [("(red)", 1.0)]),
         ("(red:very)", [("(red:very)", 1.0)]),
+        ("(red:1e999)", [("(red:1e999)", 1.0)]),
+        ("(red:nan)", [("(red:nan)", 1.0)]),
         ("[red] {x}", [("[red] {x}", 1.0)]),
         (r"\(red:1.3\)", [("(red:1.3)", 1.0)]),
         ("(a:1.2)(b:1.2)", [("ab", 1.2)]),
@@ -86,6 +90,10 @@ def test_a1111(text, pieces):
         ("(red]", "a1111", "a bracket is closed that is not open"),
         ("(red:1000)", "weights", "must be from -10 to 10, not 1000"),
         ("(((((((((((((((((((((((((x)))))))))))))))))))))))))", "a1111", "must be from -10 to 10, not 10.8"),
+        (f"(red:{'9' * 400})", "weights", "must be from -10 to 10, not inf"),
+        (f"(red:-{'9' * 5000}.5)", "a1111", "must be from -10 to 10, not -inf"),
+        ("(" * 200 + "red" + ":9)" * 200, "a1111", "must be from -10 to 10, not 7"),
+        ("(" * 400 + "red" + ":9)" * 399 + ":0)", "a1111", "must be from -10 to 10, not nan"),
         ("red", "other", "no prompt syntax 'other'; there are weights, a1111, plain"),
     ],
 )
@@ -129,15 +137,44 @@ def test_without_weights_the_context_is_that_of_compel(theirs, text):
 
 
 def test_long_prompts_are_cut_at_commas_and_lose_nothing(theirs):
-    text = LONGER
+    text = LONGER.replace("a ", "a very big ")
     read = tokenize(text, OURS)
-    assert len(read.ids) == 3
+    assert len(read.ids) == 4
     assert {len(row) for row in read.ids} == {77}
     kept = [token for row in read.ids for token in row if token not in (OURS.start_id, OURS.end_id)]
     assert kept == theirs(text)["input_ids"][1:-1]
     comma = theirs(",")["input_ids"][1]
     for row in read.ids[:-1]:
         assert [token for token in row if token != OURS.end_id][-1] == comma
+
+
+@given(st.lists(st.integers(0, 24), min_size=1, max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_where_chunks_end(words_between_commas):
+    """AUTOMATIC1111's rule: before a word that has no place, behind the last comma of tokens 55 to 74, if any."""
+    text = ", ".join("x " * count for count in [54, *words_between_commas])
+    rest, x, comma = OURS.encode(text)[1:-1], *OURS.encode("x,")[1:-1]
+    expected = []
+    while len(rest) > 75:
+        near = [i for i in range(55, 75) if rest[i] == comma]
+        end = near[-1] + 1 if near and rest[75] == x else 75
+        expected.append(rest[:end])
+        rest = rest[end:]
+    found = [[i for i in row if i in (x, comma)] for row in tokenize(text, OURS).ids]
+    assert found == [*expected, rest]
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("x " * 54 + "," + "x " * 21, 75),  # the comma is the 21st from the end
+        ("x " * 55 + "," + "x " * 20, 56),
+        ("x " * 60 + "," + "x " * 14 + ", x", 75),  # what has no place is a comma
+    ],
+)
+def test_the_ends_of_where_a_comma_counts(text, first):
+    x, comma = OURS.encode("x,")[1:-1]
+    assert sum(token in (x, comma) for token in tokenize(text, OURS).ids[0]) == first
 
 
 def test_words_without_a_comma_fill_a_chunk(theirs):
@@ -181,20 +218,22 @@ def test_chunks_one_after_the_other(pipe, text):
 
 @torch.no_grad()
 @pytest.mark.parametrize("mean", [0.3, 0.0])
-def test_weights_keep_the_mean_where_there_is_one(mean):
+@pytest.mark.parametrize("more", ["", " BREAK an owl", " BREAK an (owl:0.2) and a (fox:3) BREAK a hat"])
+def test_weights_keep_the_mean_of_each_chunk_where_there_is_one(mean, more):
     pipe = tiny_pipeline()
     norm = pipe.clip.final_layer_norm
     norm.bias += mean - norm.bias.mean()
     norm.weight.fill_(1)
-    text = "a (red:1.4) fox, (blurry:0.3)"
+    text = "a (red:1.4) fox, (blurry:0.3)" + more
     read = tokenize(text, OURS)
     plain = chunk_by_chunk(pipe, read.ids).double()
-    scaled = plain * torch.tensor(read.weights, dtype=torch.float64).flatten()[:, None]
-    expected = scaled * plain.mean() / scaled.mean() if mean else scaled
+    expected = plain * torch.tensor(read.weights, dtype=torch.float64).flatten()[:, None]
+    for before, after in zip(plain.split(77), expected.split(77), strict=True):
+        after *= before.mean() / after.mean() if mean else 1
     context = pipe.encode_prompts([text], None)[0]
     assert relative_error(context, expected) < 1e-5
     assert relative_error(context, plain) > 1e-3
-    assert relative_error(pipe.encode_prompts([text], None, "plain")[0], expected) > 1e-3
+    assert relative_error(pipe.encode_prompts([text], None, "plain")[0], expected[:77]) > 1e-3
 
 
 @torch.no_grad()
@@ -229,6 +268,51 @@ def test_plain_prompts_draw_what_they_drew(pipe):
         assert np.array_equal(draw(None), draw("plain"))
     weighted, plain = (pixels(pipe.generate(text, **DRAW)) for text in ("a (red:3) fox", "a red fox"))
     assert not np.array_equal(weighted, plain)
+
+
+MIXED = ["a fox", LONGER, "an owl", "a BREAK b", f"[a fox:{LONGER}:1]"]
+
+
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 1}, {"init_image": True}, {"hires": 2}, {"latents": True}])
+def test_a_picture_is_the_same_alone_and_beside_longer_prompts(pipe, options):
+    """An empty chunk more changes what is drawn, also one of a negative prompt."""
+    prompts, negatives, seeds = [*MIXED, "a fox"], [""] * len(MIXED) + [LONGER], list(range(6))
+    noise = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    starts = [Image.new("RGB", (64, 64), color) for color in ("red", "blue", "green", "white", "black", "yellow")]
+    own = {name: {"init_image": starts, "latents": noise}[name] for name, given in options.items() if given is True}
+    shared = {"steps": 2, "prompt_syntax": "a1111", "height": 64, "width": 64, **options}
+    together = pipe.generate(prompts, negatives, seed=seeds, **{**shared, **own})
+    for i, (image, text, negative) in enumerate(zip(together, prompts, negatives, strict=True)):
+        one = {name: given[i : i + 1] for name, given in own.items()}
+        (alone,) = pipe.generate(text, negative, seed=i, **{**shared, **one})
+        assert np.abs(pixels([alone]) - pixels([image])).max() <= 1, text
+        assert (image.info["prompt"], image.info["seed"]) == (text, i)
+
+
+def test_on_step_sees_each_batch(pipe):
+    seen = []
+    on_step = lambda step, steps, latents: seen.append((step, len(latents)))  # noqa: E731
+    pipe.generate(["a fox", LONGER, "an owl"], on_step=on_step, **DRAW)
+    assert seen == [(1, 2), (2, 2), (1, 1), (2, 1)]
+
+
+def test_the_command_draws_a_picture_beside_longer_ones_as_alone(tmp_path, shallow_checkpoint, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shared = ["--ckpt", str(shallow_checkpoint), "--device", "cpu", "--opt", "none", "--steps", "2"]
+    prompts = ["a fox", LONGER, f"[an owl:{LONGER}:1]", "a car"]
+    asked = [part for text in prompts for part in ("--prompt", text)]
+    syntax = ["--prompt-syntax", "a1111", "--seed", "1"]
+    assert inference.main([*asked, *shared, *syntax, "--batch-size", "4", "--out", "all.png"]) == 0
+    files = sorted(tmp_path.glob("all*.png"))
+    said = [read_parameters(file) for file in files]
+    assert [(one["prompt"], one["batch"]) for one in said] == list(
+        zip(prompts, [[0, 2], [0, 1], [0, 1], [1, 2]], strict=True)
+    )
+    for file in files:
+        again = ["--from-png", str(file), "--ckpt", str(shallow_checkpoint), "--device", "cpu", "--out", "again.png"]
+        assert inference.main(again) == 0
+        assert file.read_bytes() == (tmp_path / "again.png").read_bytes()
+        (tmp_path / "again.png").unlink()
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,25 @@ def test_sgm_uniform():
         np.testing.assert_allclose(schedules.make("sgm_uniform", steps).sigmas, expected, rtol=1e-9)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("k_diffusion") is None, reason="k-diffusion: requirements-oracles.txt")
+@pytest.mark.parametrize("steps", [1, 2, 10, 20, 28, 50, 1000])
+def test_uniform_is_that_of_k_diffusion(steps):
+    """Between two whole timesteps log sigma is linear there, and sigma here: 1.5% where they are farthest apart."""
+    levels = schedules.make(samplers.schedule_of("Euler Uniform", None), steps)
+    whole = steps == 1 or 999 % (steps - 1) == 0
+    expected = schedulers.k_diffusion_sigmas(steps)
+    np.testing.assert_allclose(levels.sigmas, expected, rtol=1e-5 if whole else 0.015)
+    assert relative_error(torch.tensor(schedules.make("leading", steps).sigmas), expected) > 0.02 or steps == 1000
+
+
+def test_ddim_of_the_web_ui():
+    """Every (1000 // steps)-th level of training from the second on."""
+    for steps in (1, 2, 20, 50):
+        expected = [*torch.tensor(schedules.sigmas_of(alphas_cumprod()))[1 :: 1000 // steps].flip(0).tolist(), 0]
+        levels = schedules.make(samplers.read_schedule("DDIM"), steps)
+        np.testing.assert_allclose(levels.sigmas, expected, rtol=1e-6)
+
+
 def test_beta_quantiles():
     from scipy.stats import beta
 
@@ -381,6 +400,8 @@ def test_ztsnr_with_velocity_starts_from_noise_alone():
         ("PNDM", ("plms", None)),
         ("UniPC", ("unipc", None)),
         ("Euler SGM Uniform", ("euler", "sgm_uniform")),
+        ("DPM++ 2M Uniform", ("dpmpp_2m", "linspace")),
+        ("Euler DDIM", ("euler", "leading")),
         ("Euler AYS", ("euler", "align_your_steps")),
         ("LCM", ("lcm", None)),
         ("DPM2", ("dpm2", None)),
@@ -390,7 +411,7 @@ def test_names_as_people_write_them(text, expected):
     assert read(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "karras", "DPM++", "euler b", "ddim ddim"])
+@pytest.mark.parametrize("text", ["", "karras", "DPM++", "euler b", "ddim plms"])
 def test_names_that_are_none(text):
     with pytest.raises(ValueError, match=r"^no sampler .*there are ddpm, ddim"):
         read(text)

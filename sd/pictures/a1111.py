@@ -30,7 +30,8 @@ SAMPLER_NAMES = {
     "tcd": "TCD",
 }
 SCHEDULE_NAMES = {
-    "leading": "Uniform",
+    "leading": "DDIM",
+    "linspace": "Uniform",
     "karras": "Karras",
     "exponential": "Exponential",
     "sgm_uniform": "SGM Uniform",
@@ -51,7 +52,7 @@ NAMES = {
 
 
 def written(parameters: Mapping[str, object]) -> str:
-    """The text of a picture. Brackets that are characters to us are escaped."""
+    """The text of a picture. Brackets and backslashes that are characters to us are escaped."""
     syntax = str(parameters.get("prompt_syntax") or "weights")
     lines = [_prompt(str(parameters.get("prompt", "")), syntax)]
     if negative := parameters.get("negative_prompt"):
@@ -82,11 +83,12 @@ def _prompt(text: str, syntax: str) -> str:
     if syntax == "a1111":
         return text
     pieces = prompts.parse(text, syntax)
-    return "".join("BREAK" if piece is prompts.BREAK else _piece(*piece) for piece in pieces)
+    return "".join(" BREAK " if piece is prompts.BREAK else _piece(*piece) for piece in pieces)
 
 
 def _piece(text: str, weight: float) -> str:
-    text = re.sub(r"([()\[\]])", r"\\\1", text)
+    text = re.sub(r"([()\[\]\\])", r"\\\1", text)
+    text = re.sub(r"\bBREAK\b", "break", text)  # a word here, which the text encoder reads in small letters anyway
     return text if weight == 1 else f"({text}:{weight:g})"
 
 
@@ -111,7 +113,7 @@ def read(text: str) -> tuple[dict[str, object], dict[str, str]]:
         del said["Size"]
     if "hires" in found and "Denoising strength" in said:
         found["hires_strength"] = _number(said.pop("Denoising strength"))
-    if found.get("schedule") in ("Automatic", "Uniform"):
+    if found.get("schedule") == "Automatic":
         del found["schedule"]
     return found, said
 

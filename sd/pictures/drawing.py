@@ -98,7 +98,7 @@ def draw_all(
         if how.watching.anything:
             progress.watch(pipe, how.watching)
         for window in windows:
-            for group in groups(window, lambda job: (job.settings(), named(job), *_sizes(job))):
+            for group in groups(window, lambda job: (job.settings(), named(job), _chunks(pipe, job), *_sizes(job))):
                 kept, lines = readable(group)
                 failed += lines
                 progress.fewer(len(lines))
@@ -130,6 +130,11 @@ def _named(job: Job) -> dict[str, str]:
     """The files that it names, by parameter."""
     found = {one.name: getattr(job, one.name) for one in recorded() if one.file}
     return {name: file for name, file in found.items() if file}
+
+
+def _chunks(pipe: "StableDiffusion", job: Job) -> tuple[int, ...]:
+    """How long what the network reads is: beside longer prompts a picture would be another than alone."""
+    return pipe.chunks(job.prompt, job.negative_prompt, job.cfg_scale, job.steps, job.prompt_syntax)
 
 
 def _sizes(job: Job) -> tuple:

@@ -4,14 +4,17 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from sd.pictures import a1111
 from sd.pictures.formats import ENDINGS, encoded, read_foreign, read_parameters
 from sd.pictures.model import ModelChoice
+from sd.pictures.parameters import checked
 from sd.pictures.run import Run, recalled
+from sd.prompts import BREAK, parse
+from sd.tokenizer import Tokenizer
 
 SAID = {
     "prompt": "a (red:1.3) fox, naïve [sic] 狐",
@@ -27,6 +30,7 @@ SAID = {
     "checkpoint": "v1-5-pruned.safetensors",
     "batch": [0, 1],
 }
+TOKENIZER = Tokenizer()
 THEIRS = """a ((red)) fox, <hat>
 second line
 Negative prompt: blurry, (bad hands:1.2)
@@ -134,16 +138,58 @@ def test_what_is_written_is_read(prompt, negative, seed, sampler):
     assert not unknown
 
 
-@given(texts)
-@settings(deadline=None, max_examples=80)
-def test_brackets_that_are_characters_stay_characters(prompt):
-    """In their syntax the text says what it says in ours."""
-    from sd.prompts import parse
+words = st.lists(st.sampled_from(["BREAK", "BREAKFAST", "a fox", " ", "\\", "(", ")", "[b]"]), max_size=9).map("".join)
 
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("Uniform", "linspace"), ("DDIM", "leading"), ("Karras", "karras"), ("SGM Uniform", "sgm_uniform")],
+)
+def test_schedules_by_their_names(theirs, ours):
+    text = a1111.written({"prompt": "a fox", "sampler": "euler", "schedule": ours})
+    assert f"Schedule type: {theirs}" in text
+    known, _ = a1111.read(text)
+    assert checked("", {"schedule": known["schedule"]}) == {"schedule": ours}
+
+
+@given(texts | words)
+@settings(deadline=None, max_examples=80)
+def test_brackets_and_breaks_that_are_characters_stay_characters(prompt):
+    """In their syntax the text says what it says in ours."""
     text = a1111.written({"prompt": prompt, "prompt_syntax": "plain"}).partition("\n")[0]
-    if "BREAK" not in prompt and "\\" not in prompt:
-        assert "".join(words for words, _ in parse(text, "a1111")) == prompt
-        assert all(weight == 1 for _, weight in parse(text, "a1111"))
+    pieces = parse(text, "a1111")
+    assert BREAK not in pieces
+    assert all(weight == 1 for _, weight in pieces)
+    assert TOKENIZER.encode("".join(words for words, _ in pieces)) == TOKENIZER.encode(prompt)
+
+
+PARTS = [
+    "BREAK",
+    "BREAKFAST",
+    "a red fox",
+    " ",
+    ",",
+    "(a:1.2)",
+    "(BREAK:0.5)",
+    "(b BREAK c:1.2)",
+    "(AK:1)",
+    "BRE",
+    "[d]",
+    "\\",
+]
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=9).map("".join))
+@settings(deadline=None, max_examples=200)
+@example("a red fox BREAK a house")
+@example("BRE(AK:1) BREAK BREAK")
+def test_breaks_and_weights_stay(prompt):
+    text = a1111.written({"prompt": prompt, "prompt_syntax": "weights"}).partition("\n")[0]
+
+    def read(text, syntax):  # blanks beside BREAK are nothing
+        return [(TOKENIZER.encode(words), weight) for words, weight in parse(text, syntax) if words.strip()]
+
+    assert read(text, "a1111") == read(prompt, "weights")
 
 
 def test_json_of_another_kind_in_a_jpeg(tmp_path):
