@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import struct
 import threading
 
 import numpy as np
@@ -65,6 +66,18 @@ def test_a_head_says_what_is_too_large():
     with pytest.raises(ValueError, match=r"4200x4100 of the kind 1: at most 4096x4096"):
         read_upload("mask", in_base64(Image.new("1", (4200, 4100))))
     assert read_upload("mask", in_base64(Image.new("L", (2100, 2100)))).size == (2100, 2100)
+
+
+def test_an_icon_is_refused_without_decoding_it(monkeypatch):
+    """Its head says 64x64 of a picture that may have any size."""
+    data = io.BytesIO()
+    Image.new("L", (2000, 2000)).save(data, "PNG")
+    inner = data.getvalue() + bytes(2**17)  # with a length whose bytes a TGA cannot begin with
+    head = struct.pack("<HHHBBBBHHII", 0, 1, 1, 64, 64, 0, 0, 1, 32, len(inner), 22)
+    Image.init()  # its plugins make pictures of their own
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("it is decoded"))
+    with pytest.raises(ValueError, match=r"^init_image cannot be read as a picture$"):
+        read_upload("init_image", base64.b64encode(head + inner).decode())
 
 
 def test_the_size_is_that_of_the_upright_picture():
