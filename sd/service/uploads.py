@@ -89,6 +89,7 @@ def _checked_size(name: str, data: bytes) -> tuple[int, int]:
         with _opened(data) as image:
             exif = Image.Image.getexif(image)  # that of PNGs would decode the pixels
             (width, height), mode, turned = image.size, image.mode, exif.get(0x0112) in TURNED
+            turned = turned and image.format != "TIFF"  # whose size is the upright one
     except Exception:
         raise ValueError(f"{name} cannot be read as a picture") from None
     most = MOST_WIDE_PIXELS if mode.startswith(("I", "F")) else MOST_PIXELS

@@ -80,10 +80,11 @@ def test_an_icon_is_refused_without_decoding_it(monkeypatch):
         read_upload("init_image", base64.b64encode(head + inner).decode())
 
 
-def test_the_size_is_that_of_the_upright_picture():
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_size_is_that_of_the_upright_picture(kind):
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = in_base64(Image.new("RGB", (100, 50)), "JPEG", exif=exif)
+    turned = in_base64(Image.new("RGB", (100, 50)), kind, exif=exif)
     upload = read_upload("init_image", turned)
     assert upload.size == upload.decode().size == (50, 100)
     order = {"prompt": "x", "init_image": turned, "outpaint": "0,0,0,900"}
