@@ -38,12 +38,10 @@ class Upload:
 
     def decode(self) -> "Image.Image":
         """The picture, upright. Raises FailedError for what is damaged."""
-        from PIL import Image
-
-        from sd.images import FORMATS, upright
+        from sd.images import upright
 
         try:
-            return upright(Image.open(io.BytesIO(self.data), formats=FORMATS))
+            return upright(_opened(self.data))
         except MemoryError:
             raise
         except Exception:  # decoders raise whatever they stumble over
@@ -75,15 +73,23 @@ def decoded(name: str, upload: object) -> bytes:
         raise ValueError(f"{name} is not base64") from None
 
 
-def _checked_size(name: str, data: bytes) -> tuple[int, int]:
+def _opened(data: bytes) -> "Image.Image":
+    """The picture, not decoded. No icons: Pillow decodes those at once, at a size that their head need not say."""
     from PIL import Image
 
     from sd.images import FORMATS
 
+    return Image.open(io.BytesIO(data), formats=[one for one in FORMATS if one != "ICO"])
+
+
+def _checked_size(name: str, data: bytes) -> tuple[int, int]:
+    from PIL import Image
+
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with _opened(data) as image:
             exif = Image.Image.getexif(image)  # that of PNGs would decode the pixels
             (width, height), mode, turned = image.size, image.mode, exif.get(0x0112) in TURNED
+            turned = turned and image.format != "TIFF"  # whose size is the upright one
     except Exception:
         raise ValueError(f"{name} cannot be read as a picture") from None
     most = MOST_WIDE_PIXELS if mode.startswith(("I", "F")) else MOST_PIXELS

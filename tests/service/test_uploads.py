@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import struct
 import threading
 
 import numpy as np
@@ -67,10 +68,23 @@ def test_a_head_says_what_is_too_large():
     assert read_upload("mask", in_base64(Image.new("L", (2100, 2100)))).size == (2100, 2100)
 
 
-def test_the_size_is_that_of_the_upright_picture():
+def test_an_icon_is_refused_without_decoding_it(monkeypatch):
+    """Its head says 64x64 of a picture that may have any size."""
+    data = io.BytesIO()
+    Image.new("L", (2000, 2000)).save(data, "PNG")
+    inner = data.getvalue() + bytes(2**17)  # with a length whose bytes a TGA cannot begin with
+    head = struct.pack("<HHHBBBBHHII", 0, 1, 1, 64, 64, 0, 0, 1, 32, len(inner), 22)
+    Image.init()  # its plugins make pictures of their own
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("it is decoded"))
+    with pytest.raises(ValueError, match=r"^init_image cannot be read as a picture$"):
+        read_upload("init_image", base64.b64encode(head + inner).decode())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_size_is_that_of_the_upright_picture(kind):
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = in_base64(Image.new("RGB", (100, 50)), "JPEG", exif=exif)
+    turned = in_base64(Image.new("RGB", (100, 50)), kind, exif=exif)
     upload = read_upload("init_image", turned)
     assert upload.size == upload.decode().size == (50, 100)
     order = {"prompt": "x", "init_image": turned, "outpaint": "0,0,0,900"}
