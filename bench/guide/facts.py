@@ -54,7 +54,31 @@ def measured(name: str, file: Path = gains.FILE) -> list[Measured]:
     told = gains.read(file).get(name, [])
     kept = [one for one in _kept() if _family(one) == name and _counts(one, told)]
     known = [one.entry for one in kept]
-    return [*kept, *(Measured(str(e["device"]), e) for e in told if e not in known)]
+    return [*kept, *(Measured(str(e["device"]), e) for e in told if e not in known), *_of_dtype(name)]
+
+
+def _of_dtype(name: str) -> list[Measured]:
+    """Of fp16 and bf16: the plain picture in this dtype beside that in fp32, where one folder holds both."""
+    dtype, found = {"fp16": "float16", "bf16": "bfloat16"}.get(name), []
+    for machine, folder in ((m, f) for m, folders in MACHINES.items() for f in folders if dtype):
+        for inner in sorted({path.parent for path in (RESULTS / folder).rglob("*.csv")}):
+            plain = {line["dtype"]: line for path in sorted(inner.glob("*.csv")) for line in _plain_pictures(path)}
+            if {"float32", dtype} <= plain.keys():
+                found.append(Measured(machine, _compared(name, plain["float32"], plain[dtype])))
+    return found
+
+
+def _plain_pictures(path: Path) -> list[dict[str, str]]:
+    return [line for line in common.read_csv(path) if line.get("opts") == "none" and line.get("picture_s")]
+
+
+def _compared(name: str, before: dict[str, str], after: dict[str, str]) -> Entry:
+    held = " ".join(
+        f"--{key} {after[key]}" for key in ("weights", "size", "steps", "batch", "sampler", "dtype", "pairs")
+    )
+    pictures = {"before": float(before["picture_s"]), "after": float(after["picture_s"])}
+    command = f"python bench/ladder.py --opts none {held}"
+    return {"item": name, "beside": "", "joined": "", "unit": "s", "command": command} | pictures
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bench import gains
-from bench.common import ROOT
+from bench.common import ROOT, read_csv
 from bench.guide import book, chapters, facts, front, optimization_page, pictures, ways, work
 from sd import optimizations
 from sd.optimizations.base import Optimization
@@ -98,6 +98,14 @@ def test_a_gain_of_two_switches_is_not_told_as_that_of_one():
     (row,) = (line for line in made()["README.md"].splitlines() if line.startswith("| [async-noise]"))
     assert re.findall(r"\d\.\d\dx \(([^)]*)\)", row)
     assert all("with cuda-graph" in where for where in re.findall(r"\d\.\d\dx \(([^)]*)\)", row))
+
+
+def test_a_dtype_is_measured_by_the_plain_picture_in_it():
+    folder = facts.RESULTS / "h200" / "graph"
+    fp32, bf16 = ({r["opts"]: r for r in read_csv(folder / f"{name}.csv")}["none"] for name in ("fp32", "bf16"))
+    (found,) = facts.measured("bf16")
+    assert (found.machine, found.ratio) == ("H200", float(fp32["picture_s"]) / float(bf16["picture_s"]))
+    assert "--dtype bfloat16" in found.entry["command"]
 
 
 def test_what_was_not_measured_is_said():
