@@ -123,9 +123,9 @@ def test_a_canvas_is_drawn_no_larger_than_the_limit_when_it_is_rounded_up():
     ("size", "most", "asked", "message"),
     [
         ((2000, 500), 512, {}, "at most 512 pixels of a side are drawn here, not 256x1024"),
-        ((2000, 500), 512, {"height": 64}, "at most 512 pixels of a side are drawn here, not 64x1024"),
+        ((2000, 500), 512, {"height": 192}, "at most 512 pixels of a side are drawn here, not 192x768"),
         ((2000, 500), 1024, {"hires": 2}, "hires makes 2048 pixels of a side, and at most 1024 are drawn here"),
-        ((500, 2000), 1024, {"width": 64, "hires": 1.5}, "hires makes 1536 pixels of a side"),
+        ((500, 2000), 1024, {"width": 192, "hires": 1.5}, "hires makes 1152 pixels of a side"),
         ((512, 512), 1000, {"hires": 1.9}, None),
         ((512, 512), 1000, {"hires": 1.95}, "hires makes 1024 pixels of a side, and at most 1000"),
     ],
@@ -152,7 +152,7 @@ def test_the_size_that_is_looked_at_is_the_one_that_is_drawn(asked, monkeypatch)
     mask = {"mask": Image.new("L", (200, 90), 255)} if "mask_padding" in asked else {}
     pipe.generate("x", steps=1, init_image=image, **asked, **mask)
     upload = read_upload("init_image", in_base64(image))
-    assert sizes == [orders._drawn_size(asked, upload, pipe.config)]
+    assert sizes == [orders._drawn_size(asked, upload, bool(mask), pipe.config)]
 
 
 def test_no_pixel_is_decoded_for_an_order(monkeypatch):
