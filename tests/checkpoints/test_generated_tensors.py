@@ -78,7 +78,7 @@ METADATA = st.dictionaries(
 )
 
 
-@some(40, 2000)
+@some(40, 1000)
 def test_a_right_file_with_wrong_tensors(anything, tmp_path, pipe, examples):
     """A LoRA, a word or a ControlNet of which a few tensors have other names, shapes, types or numbers."""
     right = [kind.tensors() for kind in KINDS.values()]
@@ -116,7 +116,7 @@ SETTINGS = ("model_index.json", "unet/config.json", "vae/config.json", "text_enc
 SETTINGS += ("scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json")
 
 
-@some(12, 500)
+@some(12, 200)
 def test_any_settings_of_a_folder(model, tmp_path, examples):
     copy = shutil.copytree(model, tmp_path / "copy")
     texts = {name: (copy / name).read_text() for name in SETTINGS if (copy / name).exists()}

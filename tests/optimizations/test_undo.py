@@ -64,7 +64,9 @@ NOW = ("cpu", "int8-weights", "cuda-graph", CHAIN)
 
 
 @pytest.mark.parametrize("names", sparing([*HERE, *PRESETS, CHAIN], lambda names: names in NOW))
-def test_undo_gives_the_plain_pipeline_back_and_apply_the_same_as_before(loaded, names):
+def test_undo_gives_the_plain_pipeline_back_and_apply_the_same_as_before(request, loaded, names):
+    if names in ("cpu-bf16", "cpu-int8"):
+        request.getfixturevalue("as_if_there_were_amx")
     if needs_triton(names):
         pytest.skip("in test_fused.py, under Triton's interpreter")
     pipe = loaded()
