@@ -482,6 +482,8 @@ def main(
             draw_file(pictures, model, links, len(os.listdir(out_dir)))
         else:
             pictures, needed = plan_prompt(prompt, shared, DEFAULT if overwrite and out is None else out)
+            if not overwrite:
+                check_free(pictures)
             files, links = sent(choice, needed, check_weights(ckpt))
             draw_prompt(pictures, infer.with_options(**options) if options else infer, ckpt, opt, files, links)
     except (UserError, ValueError, OSError, modal.exception.Error) as error:
@@ -587,6 +589,18 @@ def plan_prompt(prompt: str, shared: dict[str, object], out: str | None) -> tupl
     if other := next((file for _, file in pictures if file.suffix.lower() != ".png"), None):
         raise UserError(f"--out: {other} must end in .png: that is what the container returns")
     return pictures, asked.files
+
+
+def check_free(pictures: Sequence[Picture]) -> None:
+    """That no file of somebody's is written over: one that is there is a picture of this program. Raises UserError."""
+    for _, file in pictures:
+        try:
+            png_parameters(file)
+        except OSError:  # there is none
+            continue
+        except ValueError:
+            told = f"{file} is there, and no picture of this program"
+            raise UserError(f"{told}; --overwrite, or another --out") from None
 
 
 def draw_prompt(

@@ -277,6 +277,7 @@ def test_mistakes_are_one_line_and_start_nothing(loopback, arguments, words):
         ({"prompt": "x", "opt": "exakt"}, "is it 'exact'?"),
         ({"prompt": "x", "out": "/dev/null/x.png"}, "/dev/null is no folder"),
         ({"prompt": "x", "out": "x.jpg"}, "must end in .png"),
+        ({"prompt": "x", "out": "pictures/00001-0.png"}, "00001-0.png is there, and no picture of this program"),
         ({"prompt": "x", "num_images": 17}, "at most 16"),
         ({"prompt": "x", "seed": -1}, "seed must be from 0"),
         ({"prompt": "x", "sampler": "magic"}, "no sampler 'magic'"),
